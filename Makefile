@@ -1,0 +1,87 @@
+# Needs make and Python 3.11 or newer with venv; everything else is installed into .venv by pip.
+# On a machine without a GPU pip still takes torch's CUDA build from the default index. For the small CPU build, pass its
+# index or a wheel folder: make demo PIP_ARGS="--extra-index-url …" or PIP_ARGS="--find-links …".
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+FEWSTEP := $(BIN)/fewstep
+export PYTHONUNBUFFERED := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test lint types contracts format teacher serve gpu-check constraints clean
+
+help: ## Show what make can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Only pip needs the interpreter to be checked: whoever gets past this line has a working .venv.
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "fewstep: '$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fewstep: $$($(PYTHON) --version 2>&1) is too old; Python 3.11 or newer is needed. Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "fewstep: $$($(PYTHON) --version) comes without venv. On Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(BIN)/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --progress-bar off $(PIP_ARGS) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+# dev holds everything that demo holds.
+$(VENV)/.installed-dev: $(BIN)/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --progress-bar off $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+install: $(VENV)/.installed-demo ## Make .venv with all that the demo needs
+
+install-dev: $(VENV)/.installed-dev ## The same, and what the tests need
+
+demo: install ## Run the main job from end to end on this machine (at most 15 minutes on 2 cores)
+	$(FEWSTEP) demo
+
+test: lint types contracts ## Run every check and every test that needs no GPU
+	$(BIN)/python -m pytest
+
+lint: install-dev ## Check style and format (ruff)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: install-dev ## Check types (mypy)
+	$(BIN)/mypy
+
+contracts: install-dev ## Check which room uses which (import-linter)
+	$(BIN)/lint-imports
+
+format: install-dev ## Put the code into the house format
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+teacher: install ## Train the shipped emoji teacher again, from its recipe
+	$(FEWSTEP) run workflows/recipes/emoji-teacher.yaml
+
+serve: install ## Serve the champion, or else the shipped student, over HTTP
+	$(FEWSTEP) serve
+
+gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "fewstep: torch sees no CUDA device, so make gpu-check has nothing to check. Run it on a machine with a GPU and torch's CUDA build." >&2; exit 2; }
+	$(BIN)/python -m pytest -m gpu tests
+	$(FEWSTEP) bench train --shape sd15
+	$(FEWSTEP) bench sample --shape sd15
+
+constraints: install-dev ## Write constraints.txt from what .venv holds
+	{ echo "# The set of versions that the tests ran with, on Python 3.11. Made by: make constraints"; \
+	  $(BIN)/pip freeze --exclude fewstep --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	touch $(VENV)/.installed-demo $(VENV)/.installed-dev
+
+clean: ## Take out .venv, caches, runs and the local store
+	rm -rf $(VENV) .fewstep runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

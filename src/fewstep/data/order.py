@@ -1,0 +1,72 @@
+"""The order of samples: a pure function of (seed, epoch, shard list), whatever the number of workers.
+
+An epoch's shards are shuffled and dealt, like cards, over a fixed number of canonical streams. Each stream cuts its
+shards into blocks of a few shards and shuffles all samples of a block. A worker owns whole streams, so the samples
+that stream *s* gives do not depend on who reads it, and a position in a stream says exactly what comes next. The idea
+is that of mosaicml/streaming (``py1e`` shuffle over canonical nodes).
+
+Within an epoch, the streams together give every sample once. Streams run through their epochs at their own pace:
+when shards differ in size, one stream may begin its next epoch a little before another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fewstep.errors import DataError
+
+_DEAL, _SHUFFLE = 0, 1  # keep the random numbers of the two uses apart
+
+
+def _permutation(size: int, *key: int) -> list[int]:
+    # Raw bits of a bit generator are the same in every numpy version; Generator.permutation is not promised to be.
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
+    return [int(index) for index in np.argsort(bits, kind="stable")]
+
+
+def check_streams(num_shards: int, *, num_streams: int, global_batch_size: int, world_size: int) -> None:
+    """DataError unless the shards, streams, batch and workers divide as the order needs them to."""
+    if num_streams < 1 or world_size < 1:
+        raise DataError(
+            f"num_streams is {num_streams} and the number of workers {world_size}: both must be at least 1."
+        )
+    if num_shards < num_streams:
+        raise DataError(
+            f"There are {num_shards} shards for {num_streams} canonical streams, and each stream needs at least one. "
+            f"Write more shards (a smaller samples_per_shard), or set num_streams to at most {num_shards}."
+        )
+    if num_streams % world_size:
+        fitting = [n for n in range(1, num_streams + 1) if num_streams % n == 0]
+        raise DataError(
+            f"{world_size} workers cannot share {num_streams} canonical streams evenly. Use {fitting} workers, or "
+            "another num_streams (which changes the order of samples)."
+        )
+    if global_batch_size < 1 or global_batch_size % num_streams:
+        lower = max(num_streams, global_batch_size // num_streams * num_streams)
+        raise DataError(
+            f"global_batch_size {global_batch_size} is not a multiple of the {num_streams} canonical streams. "
+            f"Use {lower} or {lower + num_streams}, or another num_streams."
+        )
+
+
+def own_streams(num_streams: int, *, rank: int, world_size: int) -> list[int]:
+    """The streams that worker `rank` of `world_size` reads: those with ``stream % world_size == rank``."""
+    return list(range(rank, num_streams, world_size))
+
+
+def deal_shards(num_shards: int, *, num_streams: int, seed: int, epoch: int) -> list[list[int]]:
+    """For each stream, the numbers of the shards that it reads in this epoch, in reading order."""
+    order = _permutation(num_shards, seed, _DEAL, epoch)
+    return [order[stream::num_streams] for stream in range(num_streams)]
+
+
+def cut_blocks(shards: Sequence[int], *, shuffle_shards: int) -> list[list[int]]:
+    """The shards of one stream and epoch in blocks of `shuffle_shards` (the last may be smaller)."""
+    return [list(shards[start : start + shuffle_shards]) for start in range(0, len(shards), shuffle_shards)]
+
+
+def shuffle_block(num_samples: int, *, seed: int, epoch: int, stream: int, block: int) -> list[int]:
+    """The order in which the samples 0 … `num_samples` − 1 of a block (its shards one after another) are taken."""
+    return _permutation(num_samples, seed, _SHUFFLE, epoch, stream, block)

@@ -1,0 +1,170 @@
+"""Webdataset shards in the layout of img2dataset: ``00000.tar`` … with one sample as ``KEY.png, KEY.txt, KEY.json``.
+
+What fewstep writes also has an ``index.json`` (shards with their sample counts and SHA-256, and a digest of the whole);
+folders that img2dataset wrote are read without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fewstep.errors import DataError
+from fewstep.storage import Storage, join
+
+_INDEX = "index.json"
+_WRITING = ".writing"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: where it is, how many samples it holds (None when nobody counted) and a fingerprint of its content."""
+
+    uri: str
+    num_samples: int | None
+    size_bytes: int
+    fingerprint: str = ""  # SHA-256 from the index, or else the store's ETag
+
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The shards of one data set, in the order of their names."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and fingerprints: equal data, equal digest, wherever the folder lies."""
+        lines = (f"{shard.name} {shard.size_bytes} {shard.fingerprint}\n" for shard in self.shards)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples in all shards, or None when that of some shard is not known."""
+        counts = [shard.num_samples for shard in self.shards if shard.num_samples is not None]
+        return sum(counts) if len(counts) == len(self.shards) else None
+
+
+def write_shards(
+    samples: Iterable[Mapping[str, Any]], uri: str, *, samples_per_shard: int, storage: Storage
+) -> ShardIndex:
+    """Writes the samples as tar shards below `uri`, then ``index.json``; the same samples give the same bytes.
+
+    A sample is a mapping with ``__key__`` (no dot, no slash, unique within its shard) and the bytes of each member by
+    its extension (``png``, ``txt``, ``json``, ``npy``, …). Tars that an earlier run left there and this one did not
+    write are removed. Errors: DataError for a bad key or member, or when there are no samples.
+    """
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard is {samples_per_shard}: it must be at least 1.")
+    marker = join(uri, _WRITING)
+    storage.write_bytes(marker, b"")
+    storage.delete(join(uri, _INDEX))
+    shards: list[Shard] = []
+    iterator = iter(samples)
+    while chunk := list(itertools.islice(iterator, samples_per_shard)):
+        data = _tar(chunk)
+        shard_uri = join(uri, f"{len(shards):05d}.tar")
+        storage.write_bytes(shard_uri, data)
+        shards.append(Shard(shard_uri, len(chunk), len(data), hashlib.sha256(data).hexdigest()))
+    if not shards:
+        raise DataError(f"No samples were given for the shards in {uri}. Look at the filter and the source.")
+    written = {shard.uri for shard in shards}
+    for info in list(storage.list(uri)):
+        if info.uri.endswith(".tar") and info.uri not in written:
+            storage.delete(info.uri)
+    index = ShardIndex(tuple(shards))
+    rows = [
+        {"name": s.name, "num_samples": s.num_samples, "size_bytes": s.size_bytes, "sha256": s.fingerprint}
+        for s in shards
+    ]
+    storage.write_json(join(uri, _INDEX), {"shards": rows, "digest": index.digest})
+    storage.delete(marker)
+    return index
+
+
+def write_metadata(rows: Iterable[Mapping[str, Any]], uri: str, *, storage: Storage) -> None:
+    """Writes the rows as one parquet object. DataError when there are none or their types do not agree."""
+    try:
+        table = pa.Table.from_pylist([dict(row) for row in rows])
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"The metadata for {uri} do not make a table: {error}") from error
+    if table.num_rows == 0:
+        raise DataError(f"There are no metadata rows for {uri}.")
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def read_index(uri: str, *, storage: Storage) -> ShardIndex:
+    """The shards below `uri`: from ``index.json``, or of every ``*.tar`` there with the counts of ``*_stats.json``.
+
+    Errors: DataError when there are no shards, when the index is damaged, or when their writing was cut short.
+    """
+    if storage.exists(join(uri, _INDEX)):
+        value = storage.read_json(join(uri, _INDEX))
+        try:
+            shards = tuple(
+                Shard(join(uri, row["name"]), int(row["num_samples"]), int(row["size_bytes"]), row["sha256"])
+                for row in value["shards"]
+            )
+            index = ShardIndex(shards)
+            if index.digest != value["digest"]:
+                raise ValueError("its digest does not fit its shards")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{join(uri, _INDEX)} is damaged ({error!r}). Write the shards again.") from error
+        return index
+    objects = {info.uri: info for info in storage.list(uri)}
+    if join(uri, _WRITING) in objects:
+        raise DataError(f"The writing of the shards in {uri} was cut short. Run the stage that writes them again.")
+    found = []
+    for tar_uri, info in objects.items():
+        if tar_uri.endswith(".tar"):
+            stats = tar_uri.removesuffix(".tar") + "_stats.json"
+            count = storage.read_json(stats).get("successes") if stats in objects else None
+            found.append(Shard(tar_uri, count, info.size_bytes, info.etag))
+    if not found:
+        raise DataError(f"There are no shards (*.tar) in {uri}. Check the address, or run the prepare stage first.")
+    return ShardIndex(tuple(found))
+
+
+def _tar(samples: list[Mapping[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    keys: set[str] = set()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            key = sample.get("__key__")
+            if not isinstance(key, str) or not key or "." in key or "/" in key:
+                raise DataError(f"The sample key {key!r} cannot be a file name: it must be a text without '.' and '/'.")
+            if key in keys:
+                raise DataError(f"The sample key {key!r} comes twice. Keys must be unique within a shard.")
+            keys.add(key)
+            for extension, data in _members(key, sample):
+                header = tarfile.TarInfo(f"{key}.{extension}")  # time, owner and group stay 0: equal data, equal bytes
+                header.size, header.mode = len(data), 0o444
+                tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _members(key: str, sample: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    names = sorted(name for name in sample if not name.startswith("__"))
+    if not names:
+        raise DataError(f"The sample {key!r} has no members. Give at least one, such as png or txt, as bytes.")
+    for name in names:
+        data = sample[name]
+        if not isinstance(data, bytes):
+            raise DataError(f"Member {name!r} of sample {key!r} is {type(data).__name__}: it must be bytes.")
+        if name != name.lower():
+            raise DataError(f"Member {name!r} of sample {key!r}: readers expect extensions in lower case.")
+        yield name, data

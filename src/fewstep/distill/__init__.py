@@ -1,0 +1,22 @@
+"""What the paper adds: one objective a file, loss weights and targets."""
+
+from fewstep.distill.autoencoder import AutoencoderObjective
+from fewstep.distill.denoising import DenoisingObjective, TextToImageNetwork
+from fewstep.distill.guidance import GuidanceObjective, guided_relative_error
+from fewstep.distill.objective import Objective
+from fewstep.distill.progressive import ProgressiveObjective
+from fewstep.distill.targets import step_target
+from fewstep.distill.weights import LossWeight, output_weight
+
+__all__ = [
+    "AutoencoderObjective",
+    "DenoisingObjective",
+    "GuidanceObjective",
+    "LossWeight",
+    "Objective",
+    "ProgressiveObjective",
+    "TextToImageNetwork",
+    "guided_relative_error",
+    "output_weight",
+    "step_target",
+]

@@ -1,0 +1,32 @@
+"""Loss weights omega(lambda_t) of ||x − x̂||², by the names of Salimans & Ho's code, for networks that predict x, eps or v.
+
+At fixed z_t of a variance-preserving schedule ||Δeps||² = SNR ||Δx||² and ||Δv||² = (SNR + 1) ||Δx||², so a weight on
+the x error is a factor on the squared error of the network's own output. The factors below are written in alpha and
+sigma with the divisions cancelled: none is left for a v-network.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.prediction import PredictionType
+
+#: x: plain ||Δx||² (the paper's "constant"); snr: SNR ||Δx||²; truncated_snr: max(SNR, 1) ||Δx||²;
+#: snr_plus_one: (SNR + 1) ||Δx||².
+LossWeight = Literal["x", "snr", "truncated_snr", "snr_plus_one"]
+
+
+def output_weight(name: LossWeight, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """Return the factor on the squared error of the network's output, in alpha's shape.
+
+    Infinite where the weight has no meaning for that output: an eps network at alpha = 0, an x network at sigma = 0.
+    """
+    a, s = alpha.square(), sigma.square()
+    if prediction_type == "v_prediction":
+        return {"x": s, "snr": a, "truncated_snr": torch.maximum(a, s), "snr_plus_one": torch.ones_like(a)}[name]
+    if prediction_type == "epsilon":
+        return {"x": s / a, "snr": torch.ones_like(a), "truncated_snr": (s / a).clamp_min(1), "snr_plus_one": 1 / a}[name]
+    return {"x": torch.ones_like(a), "snr": a / s, "truncated_snr": (a / s).clamp_min(1), "snr_plus_one": 1 / s}[name]

@@ -1,0 +1,130 @@
+"""What `report.json` holds. Field names are part of the interface: dashboards and the gate read them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fewstep.evaluate.baselines import Method
+from fewstep.evaluate.distances import Interval
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Result(_Figures):
+    """One method at one number of steps. `…_ci` is the 95 % interval of the field before it; null = not measured."""
+
+    method: Method = Field(description="teacher (reference), ddim, dpmpp (the teacher with few steps) or student")
+    num_inference_steps: int = Field(description="steps of the sampler")
+    guidance_scale: float = Field(description="g = 1 + w, diffusers' convention")
+    network_evaluations: int = Field(description="U-Net evaluations a picture, counted; a guided step counts 2")
+    kid_lite0_to_real: float | None = Field(description="KID on EfficientNet-Lite0 features to held-out real pictures")
+    kid_lite0_to_real_ci: Interval | None
+    kid_lite0_to_teacher: float | None = Field(
+        description="the same to the teacher's pictures (same prompts and noise)"
+    )
+    kid_lite0_to_teacher_ci: Interval | None
+    fd_lite0_to_real: float | None = Field(description="Fréchet distance on the same features to real pictures")
+    fd_lite0_to_real_ci: Interval | None
+    alignment: float | None = Field(description="alignment_lite0_minilm: mean cosine of picture and prompt")
+    alignment_ci: Interval | None
+    paired_mse: float | None = Field(
+        description="mean squared latent distance to the teacher's picture of the same noise"
+    )
+    paired_mse_ci: Interval | None
+    seconds_per_image: float | None = Field(description="network and sampler, median of the repeats, side by side")
+    seconds_per_image_ci: Interval | None
+    num_images: int = Field(description="pictures that the row was measured on")
+
+
+class Floor(_Figures):
+    """What the metrics read where nothing is wrong."""
+
+    kid_lite0: float = Field(description="real against real, two disjoint halves")
+    kid_lite0_ci: Interval
+    fd_lite0: float
+    fd_lite0_ci: Interval
+    num_images: int = Field(description="pictures in each half; the Fréchet distance falls as it grows")
+    vae_kid_lite0: float | None = Field(description="real pictures through the VAE and back, against themselves")
+    vae_kid_lite0_ci: Interval | None
+    alignment: float | None = Field(description="real pictures with their own captions")
+    alignment_ci: Interval | None
+
+
+class Excess(_Figures):
+    """How much of the baseline's loss is left: excess = kid_lite0_to_real − the teacher's own with many steps."""
+
+    num_inference_steps: int = Field(description="of the student")
+    at: Literal["equal_evaluations", "equal_steps"]
+    baseline_method: Method = Field(description="the better of ddim and dpmpp")
+    baseline_steps: int
+    student_excess: float
+    student_excess_ci: Interval
+    baseline_excess: float
+    baseline_excess_ci: Interval
+    ratio: float | None = Field(description="student over baseline; null where the baseline has no excess to share")
+    ratio_ci: Interval | None
+    goal: float | None = Field(description="at most this; null where none was set")
+    met: bool | None
+
+
+class KidRatio(_Figures):
+    """kid_lite0_to_real over the teacher's own with many steps."""
+
+    num_inference_steps: int
+    ratio: float | None
+    ratio_ci: Interval | None
+    goal: float | None
+    met: bool | None
+
+
+class WallClock(_Figures):
+    """Seconds of the teacher over seconds of the student, measured side by side."""
+
+    teacher_steps: int
+    student_steps: int
+    evaluation_ratio: float
+    ratio: float
+    ratio_ci: Interval
+    goal: float
+    met: bool
+
+
+class Ratios(_Figures):
+    """The comparisons that the goals are about."""
+
+    excess: list[Excess]
+    kid_to_teachers_own: list[KidRatio]
+    wall_clock: WallClock | None
+
+
+class StageUsage(_Figures):
+    """What a stage of the workflow took."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+    skipped: bool = Field(default=False, description="done in an earlier run")
+
+
+class Report(_Figures):
+    """The whole comparison."""
+
+    schema_version: int = 1
+    results: list[Result]
+    floor: Floor
+    ratios: Ratios
+    stages: list[StageUsage] = []
+    settings: dict[str, object] = Field(description="of the evaluation")
+    num_real_images: int
+    versions: dict[str, str]
+
+    def find(self, method: Method, num_inference_steps: int | None = None) -> Result | None:
+        """Return the row of a method (and number of steps), or None."""
+        for result in self.results:
+            if result.method == method and num_inference_steps in (None, result.num_inference_steps):
+                return result
+        return None

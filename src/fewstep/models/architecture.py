@@ -1,0 +1,138 @@
+"""Building a small Stable-Diffusion-shaped teacher from nothing: sizes, tokenizer and fresh networks."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+#: Stable Diffusion's betas, rescaled to zero terminal SNR (Lin et al. 2023), so that sampling may start from pure noise.
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+class AutoencoderArchitecture(BaseModel):
+    """Sizes of the VAE; it halves the resolution once for every channel count after the first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resolution: int = Field(32, description="side of the pictures in pixels")
+    block_out_channels: tuple[int, ...] = Field((32, 64, 96), description="channels from full to lowest resolution")
+    layers_per_block: int = Field(1, description="residual layers per resolution")
+    latent_channels: int = Field(4, description="channels of the latents")
+    norm_num_groups: int = Field(16, description="groups of the group norms")
+
+    def build(self) -> AutoencoderKL:
+        """Return a fresh VAE."""
+        depth = len(self.block_out_channels)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.norm_num_groups,
+            sample_size=self.resolution,
+        )
+
+
+class TeacherArchitecture(BaseModel):
+    """Sizes of the text encoder and the U-Net."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    block_out_channels: tuple[int, ...] = Field((96, 192), description="U-Net channels from full to lowest resolution")
+    layers_per_block: int = Field(1, description="residual layers per resolution")
+    attention_from_level: int = Field(1, description="first resolution with cross-attention, 0 is the highest")
+    num_attention_heads: int = Field(8, description="heads of the U-Net's attention")
+    norm_num_groups: int = Field(16, description="groups of the group norms")
+    text_width: int = Field(160, description="width of the text encoder and of cross-attention")
+    text_layers: int = Field(2, description="layers of the text encoder")
+    text_heads: int = Field(4, description="heads of the text encoder")
+    vocabulary_size: int = Field(2500, description="entries of the byte-pair vocabulary")
+    max_prompt_tokens: int = Field(24, description="longest prompt in tokens, begin and end included")
+
+    def build_unet(self, *, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
+        """Return a fresh U-Net for latents of (latent_channels, latent_size, latent_size)."""
+        attends = [level >= self.attention_from_level for level in range(len(self.block_out_channels))]
+        return UNet2DConditionModel(
+            sample_size=latent_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            cross_attention_dim=self.text_width,
+            # diffusers' historical name: it is the number of heads.
+            attention_head_dim=self.num_attention_heads,
+            norm_num_groups=self.norm_num_groups,
+            # The time embedding, which also carries w in the student, scales features as well as shifting them.
+            resnet_time_scale_shift="scale_shift",
+        )
+
+    def build_text_encoder(self, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+        """Return a fresh text encoder for the tokenizer."""
+        return CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=self.text_width,
+                intermediate_size=4 * self.text_width,
+                projection_dim=self.text_width,
+                num_hidden_layers=self.text_layers,
+                num_attention_heads=self.text_heads,
+                max_position_embeddings=self.max_prompt_tokens,
+                hidden_act="quick_gelu",
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+    def train_tokenizer(self, captions: Iterable[str]) -> CLIPTokenizer:
+        """Return a CLIPTokenizer whose byte-pair vocabulary is learned from the captions."""
+        # The same splitting as CLIP's own tokenizer; transformers rebuilds it from vocabulary and merges alone.
+        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
+        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(words, behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocabulary_size,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
+        bpe.train_from_iterator(captions, trainer)
+        with tempfile.TemporaryDirectory() as folder:
+            bpe.model.save(folder)
+            vocabulary = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+            merges = (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        return CLIPTokenizer(
+            vocab=vocabulary,
+            merges=[tuple(line.split(" ")) for line in merges],
+            model_max_length=self.max_prompt_tokens,
+        )

@@ -1,0 +1,227 @@
+"""The one typed configuration. YAML only fills it; unknown keys are refused, and every check runs before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fewstep.data.emoji import EmojiSettings
+from fewstep.data.stream import StreamSettings
+from fewstep.distill.settings import GuidanceSettings, ProgressiveSettings
+from fewstep.distill.weights import LossWeight
+from fewstep.errors import RecipeError
+from fewstep.evaluate.gate import GateSettings
+from fewstep.evaluate.settings import EvaluateSettings
+from fewstep.models import AutoencoderArchitecture, TeacherArchitecture
+from fewstep.storage import StorageSettings
+from fewstep.tracking.settings import TrackingSettings
+from fewstep.train.settings import ClusterSettings, TrainSettings
+
+StageName = Literal["prepare", "teacher", "encode", "guidance", "progressive", "evaluate", "register"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Settings):
+    """Where the text-image shards lie, when the prepare stage does not make them."""
+
+    train: str | None = Field(None, description="URI of webdataset shards to train on (img2dataset layout)")
+    evaluate: str | None = Field(None, description="URI of held-out shards, for evaluation alone")
+    alignment: str | None = Field(None, description="URI of further shards, to fit the scorer of text alignment with")
+
+
+class EncodeSettings(_Settings):
+    """How pictures and captions become latents and text embeddings."""
+
+    batch_size: int = Field(64, ge=1, description="pictures encoded at once")
+    max_samples: int | None = Field(None, ge=1, description="samples taken at most; null takes all")
+
+
+class TeacherStage(_Settings):
+    """Training a teacher from nothing: a VAE, then U-Net and text encoder together."""
+
+    autoencoder: AutoencoderArchitecture = Field(
+        default_factory=AutoencoderArchitecture, description="sizes of the VAE"
+    )
+    autoencoder_train: TrainSettings = Field(description="training of the VAE")
+    kl_weight: float = Field(1e-4, ge=0, description="weight of the VAE's KL term")
+    edge_weight: float = Field(1.0, ge=0, description="weight of the VAE's loss on differences of neighbouring pixels")
+    network: TeacherArchitecture = Field(
+        default_factory=TeacherArchitecture, description="sizes of U-Net and text encoder"
+    )
+    train: TrainSettings = Field(description="training of U-Net and text encoder")
+    condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows trained without their caption")
+    loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
+
+
+class GuidanceStage(GuidanceSettings):
+    """Stage one and its training."""
+
+    train: TrainSettings = Field(description="training of stage one")
+    num_validation: int = Field(256, ge=1, description="held-out samples that the relative error is measured on")
+
+
+class ProgressiveStage(ProgressiveSettings):
+    """Stage two and its training."""
+
+    train: TrainSettings = Field(description="training of each rung")
+    updates: dict[int, int] = Field(default_factory=dict, description="step count -> updates, where they differ")
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> ProgressiveStage:
+        strangers = sorted(set(self.updates) - set(self.ladder))
+        if strangers:
+            raise ValueError(
+                f"updates names the step counts {strangers}, which are not in the ladder {list(self.ladder)}"
+            )
+        return self
+
+    def rung(self, num_inference_steps: int) -> TrainSettings:
+        """Return the training settings of one rung."""
+        updates = self.updates.get(num_inference_steps, self.train.updates)
+        return self.train.model_copy(update={"updates": updates})
+
+
+class RegisterStage(_Settings):
+    """What goes into the model registry."""
+
+    name: str = Field("fewstep", min_length=1, description="registered model; its alias champion is what is served")
+    num_inference_steps: int = Field(4, ge=1, description="the student that goes under this name; others get NAME-N")
+    gate: GateSettings = Field(default_factory=GateSettings, description="what a student must reach to be champion")
+
+
+class Recipe(_Settings):
+    """A whole workflow."""
+
+    name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the workflow")
+    seed: int = Field(0, description="seed of everything")
+    stages: tuple[StageName, ...] = Field(description="the stages to run, in order")
+    teacher: str | None = Field(None, description="MODEL to distill: folder, s3://, hub id, models:/ or asset:NAME")
+    storage: StorageSettings = Field(default_factory=StorageSettings, description="object store")
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow")
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Ray")
+    stream: StreamSettings = Field(default_factory=StreamSettings, description="how shards become batches")
+    data: DataSettings = Field(default_factory=DataSettings, description="shards, when prepare does not make them")
+    prepare: EmojiSettings | None = Field(None, description="the emoji set")
+    train_teacher: TeacherStage | None = Field(None, description="settings of the teacher stage")
+    encode: EncodeSettings = Field(default_factory=EncodeSettings, description="settings of the encode stage")
+    guidance: GuidanceStage | None = Field(None, description="settings of stage one")
+    progressive: ProgressiveStage | None = Field(None, description="settings of stage two")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="settings of the evaluation")
+    register_: RegisterStage = Field(default_factory=RegisterStage, alias="register", description="registry settings")
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        order = [name for name in StageName.__args__ if name in self.stages]
+        if list(self.stages) != order:
+            raise ValueError(f"stages {list(self.stages)} are out of order or doubled; the order is {order}")
+        needs = {"prepare": "prepare", "teacher": "train_teacher", "guidance": "guidance", "progressive": "progressive"}
+        for stage, key in needs.items():
+            if stage in self.stages and getattr(self, key) is None:
+                raise ValueError(
+                    f"stages has {stage}, but its settings are missing: add the key {key}, or drop the stage"
+                )
+        if "prepare" not in self.stages and self.data.train is None:
+            raise ValueError("there are no shards: name them in data.train, or put prepare into stages")
+        if self.teacher is None and "teacher" not in self.stages:
+            raise ValueError("there is no teacher: name a MODEL in the key teacher, or put teacher into stages")
+        if self.teacher is not None and "teacher" in self.stages:
+            raise ValueError(
+                f"teacher is {self.teacher!r} and stages has teacher: drop one, it is either named or trained"
+            )
+        scale = self.evaluate.guidance_scale
+        if self.guidance is not None and not self.guidance.w_min <= scale - 1 <= self.guidance.w_max:
+            raise ValueError(
+                f"evaluate.guidance_scale={scale:g} is w={scale - 1:g}, outside the trained range "
+                f"{self.guidance.w_min:g} … {self.guidance.w_max:g}: change it, or guidance.w_min and w_max"
+            )
+        if self.progressive is not None and "register" in self.stages:
+            wanted = self.register_.num_inference_steps
+            if wanted not in self.progressive.ladder:
+                raise ValueError(
+                    f"register.num_inference_steps={wanted} is not in progressive.ladder {list(self.progressive.ladder)}"
+                )
+        if "evaluate" in self.stages and self.progressive is not None:
+            strangers = sorted(set(self.evaluate.steps) - set(self.progressive.ladder))
+            if strangers:
+                raise ValueError(
+                    f"evaluate.steps has {strangers}, for which progressive.ladder {list(self.progressive.ladder)} "
+                    "makes no student"
+                )
+        return self
+
+    def digest(self) -> str:
+        """Return a digest of the whole recipe, stores and cluster left out: where it runs does not change what it is."""
+        return digest(self.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking", "cluster"}))
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML mapping, has an unknown key or a value that cannot work; the message
+            names every such key with its value and the rule.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no recipe {path}; the shipped ones are in workflows/recipes/") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"the recipe {path} must be a mapping of keys, not {type(content).__name__}")
+    return parse_recipe(content, source=str(path))
+
+
+def parse_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """Check the content of a recipe.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from error
+    except ValidationError as error:
+        raise RecipeError(
+            f"{source} cannot be used:\n" + "\n".join(_explain(fault) for fault in error.errors())
+        ) from None
+
+
+def _explain(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"  {place}: unknown key; {_known_keys(fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"  {place}: this key is required and missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    value = fault.get("input")
+    shown = f"={value!r}" if isinstance(value, (str, int, float, bool)) else ""
+    return f"  {place}{shown}: {message}" if place else f"  {message}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> str:
+    model: Any = Recipe
+    for part in location[:-1]:
+        fields = {(field.alias or name): field for name, field in getattr(model, "model_fields", {}).items()}
+        if part not in fields:
+            return "see docs/recipes.md for the keys"
+        annotation = fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((option for option in options if hasattr(option, "model_fields")), None)
+    keys = [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
+    return "the keys here are " + ", ".join(keys)

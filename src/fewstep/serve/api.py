@@ -1,0 +1,249 @@
+"""The HTTP routes, as a FastAPI app over any backend that draws pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+
+from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard, find_models, resolve
+from fewstep.serve.encode import Provenance, encode_image
+from fewstep.serve.errors import InvalidRequestError, error_response, install_error_handlers, overloaded
+from fewstep.serve.settings import ServeSettings
+from fewstep.serve.wire import (
+    SEED_BOUND,
+    ErrorBody,
+    Health,
+    ImageData,
+    ImageGenerationRequest,
+    ImagesResponse,
+    InputTokensDetails,
+    Model,
+    ModelList,
+    OutputFormat,
+    Usage,
+)
+
+
+class QueueFullError(Exception):
+    """The engines have as much waiting work as they may have."""
+
+
+class EngineUnavailableError(Exception):
+    """No engine can answer now: it is loading, or was lost and is being replaced."""
+
+
+class Backend(Protocol):
+    """What the routes need: engines somewhere."""
+
+    async def catalog(self) -> Sequence[StudentCard]:
+        """Return the loaded students, default first; EngineUnavailableError when none is loaded yet."""
+
+    async def generate(self, request: ImageRequest) -> GeneratedImage:
+        """Return one picture. Raises InvalidRequestError, QueueFullError or EngineUnavailableError."""
+
+    async def ready(self) -> bool:
+        """Return whether an engine has its models loaded."""
+
+
+def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
+    """Return the app: POST /v1/images/generations, GET /v1/models, /v1/models/{id}, /healthz, and /docs."""
+    app = FastAPI(title="fewstep", description="Few-step text-to-image students over the OpenAI Images API.")
+    install_error_handlers(app)
+    # Counted here, request by request: Serve's own limit is per picture and would let half of a request in.
+    in_flight_images = 0
+    failures: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": text}
+        for status, text in {
+            400: "A field is missing, unknown or has a value that the model was not made for.",
+            404: "The model is not served here.",
+            429: "The queue is full; retry after the time in retry-after.",
+            503: "No engine is loaded yet.",
+            504: "Not drawn within the server's time limit.",
+        }.items()
+    }
+
+    @app.post("/v1/images/generations", response_model=ImagesResponse, responses=failures)
+    async def generate_images(body: ImageGenerationRequest) -> Response:
+        nonlocal in_flight_images
+        catalog = await backend.catalog()
+        student, guidance_scale = resolve(
+            catalog, model=body.model, num_inference_steps=body.num_inference_steps, guidance_scale=body.guidance_scale
+        )
+        check_size(body.size, student)
+        output_format, quality = check_output(body)
+        n = body.n or 1
+        if in_flight_images + n > settings.max_queued_images:
+            return overloaded(
+                f"{in_flight_images} pictures are waiting or running and {n} more would exceed the limit of "
+                f"{settings.max_queued_images}: try again in a moment."
+            )
+        seed = secrets.randbelow(SEED_BOUND) if body.seed is None else body.seed
+        requests = [
+            ImageRequest(
+                prompt=body.prompt,
+                seed=(seed + k) % SEED_BOUND,
+                model=student.label,
+                num_inference_steps=student.num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
+            for k in range(n)
+        ]
+        in_flight_images += n
+        try:
+            async with asyncio.timeout(settings.request_timeout_s):
+                images = await _generate_all(backend, requests)
+        except TimeoutError:
+            return error_response(
+                504,
+                f"Not drawn within {settings.request_timeout_s:g} seconds: ask for fewer pictures, or later.",
+                code="timeout",
+            )
+        finally:
+            in_flight_images -= n
+        # Compression and base64 take longer than all the rest of the route; other requests must go on meanwhile.
+        content = await asyncio.to_thread(_answer, body, student, images, output_format, quality)
+        return Response(content, media_type="application/json")
+
+    @app.get("/v1/models", response_model=ModelList, responses={503: failures[503]})
+    async def list_models() -> ModelList:
+        return ModelList(data=_models(await backend.catalog()))
+
+    @app.get("/v1/models/{model_id:path}", response_model=Model, responses={k: failures[k] for k in (404, 503)})
+    async def retrieve_model(model_id: str) -> Model:
+        return _models(find_models(await backend.catalog(), model_id))[0]
+
+    @app.get("/healthz", response_model=Health, responses={503: failures[503]})
+    async def healthz() -> Health:
+        if not await backend.ready():
+            raise EngineUnavailableError
+        return Health(models=list(dict.fromkeys(card.id for card in await backend.catalog())))
+
+    @app.exception_handler(QueueFullError)
+    async def on_queue_full(*_: Any) -> JSONResponse:
+        return overloaded("The engines' queue is full: try again in a moment.")
+
+    @app.exception_handler(EngineUnavailableError)
+    async def on_unavailable(*_: Any) -> JSONResponse:
+        return error_response(
+            503,
+            "No engine has its models loaded yet: try again in a moment.",
+            code="not_ready",
+            headers={"retry-after": "2"},
+        )
+
+    return app
+
+
+def check_size(size: str | None, student: StudentCard) -> None:
+    """Check that the requested size is the student's native one (or "auto").
+
+    Raises:
+        InvalidRequestError: it is another; the message lists what is allowed.
+    """
+    if size not in (None, "auto", student.size):
+        raise InvalidRequestError(
+            f"size={size[:40]!r} is not available: {student.id} draws {student.size} only; "
+            "send that, 'auto' or nothing.",
+            param="size",
+            code="unsupported_value",
+        )
+
+
+def check_output(body: ImageGenerationRequest) -> tuple[OutputFormat, int]:
+    """Return (file format, quality 0 to 100) of the request.
+
+    Raises:
+        InvalidRequestError: compression is asked of PNG, which has no levels of loss.
+    """
+    output_format: OutputFormat = body.output_format or "png"  # type: ignore[assignment]
+    if output_format == "png" and body.output_compression not in (None, 100):
+        raise InvalidRequestError(
+            f"output_compression={body.output_compression} does not apply to png, which is lossless: "
+            "set output_format to 'webp' or 'jpeg', or leave output_compression out.",
+            param="output_compression",
+            code="unsupported_value",
+        )
+    return output_format, 100 if body.output_compression is None else body.output_compression
+
+
+async def _generate_all(backend: Backend, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
+    """Return the pictures of one request; the first failure cancels the rest and is raised by itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(backend.generate(request)) for request in requests]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _answer(
+    body: ImageGenerationRequest,
+    student: StudentCard,
+    images: Sequence[GeneratedImage],
+    output_format: OutputFormat,
+    quality: int,
+) -> bytes:
+    data = []
+    for generated in images:
+        provenance = Provenance(
+            prompt=body.prompt,
+            seed=generated.seed,
+            num_inference_steps=generated.num_inference_steps,
+            guidance_scale=generated.guidance_scale,
+            model=generated.model,
+        )
+        encoded = encode_image(
+            Image.fromarray(generated.pixels), provenance, output_format=output_format, quality=quality
+        )
+        data.append(ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), seed=generated.seed))
+    first = images[0]
+    warnings = []
+    if first.prompt_tokens_cut:
+        warnings.append(
+            f"The prompt was cut after {first.prompt_tokens} tokens, the most that the text encoder takes; "
+            f"the last {first.prompt_tokens_cut} had no effect."
+        )
+    response = ImagesResponse(
+        created=int(time.time()),
+        data=data,
+        output_format=output_format,
+        quality=body.quality if body.quality not in (None, "auto") else "standard",
+        size=student.size,
+        model=first.model,
+        num_inference_steps=first.num_inference_steps,
+        guidance_scale=first.guidance_scale,
+        usage=Usage(
+            input_tokens=first.prompt_tokens,
+            input_tokens_details=InputTokensDetails(text_tokens=first.prompt_tokens),
+            total_tokens=first.prompt_tokens,
+        ),
+        warnings=warnings or None,
+    )
+    return response.model_dump_json(exclude_none=True).encode()
+
+
+def _models(cards: Sequence[StudentCard]) -> list[Model]:
+    """Return one entry per model id; students of one id are its step counts."""
+    by_id: dict[str, list[StudentCard]] = {}
+    for card in cards:
+        by_id.setdefault(card.id, []).append(card)
+    return [
+        Model(
+            id=model_id,
+            created=students[0].loaded_at_s,
+            version=students[0].version,
+            size=students[0].size,
+            num_inference_steps=[student.num_inference_steps for student in students],
+            guidance_scale_range=students[0].guidance_scale_range,
+            guidance_scale_default=students[0].guidance_scale_default,
+        )
+        for model_id, students in by_id.items()
+    ]

@@ -1,0 +1,72 @@
+"""What can be set about the HTTP service."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+#: OpenAI's limit on `n`, the pictures of one request.
+MAX_IMAGES_PER_REQUEST = 10
+
+
+class ServeSettings(BaseModel):
+    """The service: which students, where it listens, how it batches, what each replica takes.
+
+    The same fields are the arguments of `fewstep.serve.app:build` in a RayService's serveConfigV2.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[str, ...] = Field(
+        default=("models:/fewstep@champion",),
+        min_length=1,
+        description="Model URIs (models:/NAME@ALIAS, a folder, s3://…, a hub id, asset:NAME). The first is the default "
+        "for requests that name neither a model nor a step count.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on. Keys are not checked yet: keep loopback.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    route_prefix: str = Field(default="/", pattern=r"^/", description="Path under which the API is mounted.")
+    max_batch_size: int = Field(default=8, ge=1, description="Most pictures that run as one batch on a replica.")
+    batch_wait_timeout_s: float = Field(
+        default=0.01, ge=0, description="How long a picture waits for others to fill its batch, in seconds."
+    )
+    pad_batches: bool = Field(
+        default=False,
+        description="Fill every batch to max_batch_size, so that not even the last bit of a picture depends on what is "
+        "drawn beside it; every request then costs a full batch.",
+    )
+    max_queued_images: int = Field(
+        default=64,
+        ge=MAX_IMAGES_PER_REQUEST,
+        description="Pictures that may wait or run at once per HTTP replica; a request beyond that is answered 429.",
+    )
+    request_timeout_s: float = Field(
+        default=120.0, gt=0, description="A request that takes longer, waiting included, is answered 504."
+    )
+    num_replicas: int = Field(default=1, ge=1, description="Copies of the engine, each with the models in memory.")
+    num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for each engine replica.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each engine replica.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Precision of the networks; auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch in each engine replica; unset leaves torch's own choice."
+    )
+    load_attempts: int = Field(
+        default=1,
+        ge=1,
+        description="How often a replica tries to load its models before the deployment is given up. "
+        "More than 1 helps where the store may be away for a moment.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_queued_images < self.max_batch_size:
+            raise ValueError(
+                f"max_queued_images={self.max_queued_images} is below max_batch_size={self.max_batch_size}: "
+                "batches could never fill; raise max_queued_images"
+            )
+        if len(set(self.models)) != len(self.models):
+            raise ValueError(f"models={list(self.models)} names a model twice: name each once")
+        return self

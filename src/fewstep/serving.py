@@ -1,0 +1,43 @@
+"""Serving on this machine: store, MLflow, Ray and the service, started together and stopped together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from fewstep.recipe import Recipe
+from fewstep.serve.server import RunningServer, run_server
+from fewstep.serve.settings import ServeSettings
+from fewstep.train.cluster import local_ray
+from fewstep.train.settings import ClusterSettings
+from fewstep.workplace import open_workplace
+
+#: The students that ship with fewstep; the first is the default of `fewstep serve`.
+SHIPPED_STUDENTS = ("asset:emoji-student-4", "asset:emoji-student-2", "asset:emoji-student-1")
+
+
+@contextmanager
+def served(
+    models: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    recipe: Recipe | None = None,
+    announce: Callable[[str], None] = print,
+) -> Iterator[RunningServer]:
+    """Serve the models for the length of the block; everything that was started is stopped at its end.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+        ServeError: the port is taken.
+    """
+    with ExitStack() as stack:
+        storage, tracking = None, None
+        if any(uri.startswith(("s3://", "models:")) for uri in models):
+            workplace = stack.enter_context(open_workplace(recipe))
+            storage, tracking = workplace.storage, workplace.tracker.settings
+        stack.enter_context(local_ray(recipe.cluster if recipe else ClusterSettings()))
+        settings = ServeSettings(models=tuple(models), host=host, port=port)
+        server = run_server(settings, storage=storage, tracking=tracking, announce=announce)
+        stack.callback(server.stop)
+        yield server

@@ -1,0 +1,204 @@
+"""What a stage is given, and what it leaves: a folder in the store, named by a fingerprint of all that made it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import FewstepError
+from fewstep.recipe import Recipe, StageName, digest
+from fewstep.storage import Storage, join
+from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.tracker import Run, Tracker
+
+DONE = "done.json"
+
+#: Raised when a stage changes what it makes of the same settings, so that older artifacts are made again.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a finished stage left.
+
+    Attributes:
+        uri: folder in the store.
+        fingerprint: digest of the settings and inputs that made it.
+        facts: figures and names that later stages and reports use; JSON.
+        seconds: wall-clock time of the stage.
+        peak_memory_bytes: most memory of the process tree during it.
+    """
+
+    uri: str
+    fingerprint: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage works with.
+
+    Attributes:
+        recipe: the recipe.
+        storage: the object store.
+        tracker: MLflow.
+        run: the stage's own MLflow run.
+        parent: id of the workflow's run, for runs of rungs.
+        out: local folder for what a user looks at (report, pictures).
+    """
+
+    recipe: Recipe
+    storage: Storage
+    tracker: Tracker
+    run: Run
+    parent: str
+    out: Path
+
+    def uri(self, stage: StageName) -> str:
+        """Return the folder of a stage's artifact."""
+        return stage_uri(self.recipe, self.storage, stage)
+
+    def artifact(self, stage: StageName) -> Artifact:
+        """Return what an earlier stage left.
+
+        Raises:
+            FewstepError: it has not run.
+        """
+        found = find_artifact(self.recipe, self.storage, stage)
+        if found is None:
+            raise FewstepError(
+                f"stage {stage} of recipe {self.recipe.name} has not finished: nothing is in {self.uri(stage)}. "
+                f"Run `fewstep stage {stage} RECIPE` first, or the whole workflow with `fewstep run RECIPE`"
+            )
+        return found
+
+    def shards(self, split: str) -> str:
+        """Return the URI of the picture shards of a split: train, evaluate or alignment.
+
+        Raises:
+            FewstepError: the recipe names none and has no prepare stage.
+        """
+        named = getattr(self.recipe.data, split)
+        if named is not None:
+            return str(named)
+        if "prepare" not in self.recipe.stages:
+            raise FewstepError(f"the recipe names no data.{split}: add the URI of webdataset shards under that key")
+        return join(self.artifact("prepare").uri, split)
+
+    def teacher_folder(self) -> Path:
+        """Return a local folder of the teacher: the one named in the recipe, or the one that the teacher stage made."""
+        return fetch_teacher(self.recipe, self.storage, self.tracker)
+
+
+def teacher_uri(recipe: Recipe, storage: Storage) -> str:
+    """Return the MODEL URI of the teacher."""
+    if recipe.teacher is not None:
+        return recipe.teacher
+    return join(stage_uri(recipe, storage, "teacher"), "export")
+
+
+def fetch_teacher(recipe: Recipe, storage: Storage, tracker: Tracker) -> Path:
+    """Return a local folder of the teacher."""
+    return fetch_model(teacher_uri(recipe, storage), storage=storage, tracking=tracker)
+
+
+def stage_uri(recipe: Recipe, storage: Storage, stage: StageName) -> str:
+    """Return the folder of a stage's artifact; it depends on nothing but the recipe, so any process can compute it."""
+    return join(storage.root, stage, fingerprint(recipe, stage)[:16])
+
+
+def find_artifact(recipe: Recipe, storage: Storage, stage: StageName) -> Artifact | None:
+    """Return what a stage left, or None when it has not finished."""
+    uri = stage_uri(recipe, storage, stage)
+    if not storage.exists(join(uri, DONE)):
+        return None
+    return Artifact(uri=uri, **storage.read_json(join(uri, DONE)))
+
+
+def fingerprint(recipe: Recipe, stage: StageName) -> str:
+    """Return a digest of the settings and inputs of a stage, those of the stages before it included.
+
+    Settings that change nothing of the result (how often to log, where Ray runs) are left out, so that a stage that is
+    done stays done when they change.
+    """
+    inputs: dict[str, Any] = {"stage": stage, "format": _FORMAT, "seed": recipe.seed}
+    stream = {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards}
+    if stage == "prepare":
+        inputs["settings"] = _dump(recipe.prepare)
+    elif stage == "teacher":
+        inputs |= {"settings": _dump(recipe.train_teacher), "data": _data(recipe), "stream": stream}
+    elif stage == "encode":
+        inputs |= {"settings": _dump(recipe.encode), "data": _data(recipe), "teacher": _teacher(recipe)}
+    elif stage == "guidance":
+        inputs |= {"settings": _dump(recipe.guidance), "encode": fingerprint(recipe, "encode"), "stream": stream}
+        inputs["guidance_scale"] = recipe.evaluate.guidance_scale
+    elif stage == "progressive":
+        inputs |= {"settings": _dump(recipe.progressive), "guidance": fingerprint(recipe, "guidance"), "stream": stream}
+    elif stage == "evaluate":
+        inputs |= {"settings": _dump(recipe.evaluate), "progressive": fingerprint(recipe, "progressive")}
+    else:
+        inputs |= {"settings": _dump(recipe.register_), "evaluate": fingerprint(recipe, "evaluate")}
+    return digest(inputs)
+
+
+def rung_fingerprint(recipe: Recipe, num_inference_steps: int) -> str:
+    """Return a digest of one rung and all that it builds on; a change to a later rung leaves it as it is."""
+    assert recipe.progressive is not None
+    ladder = recipe.progressive.ladder
+    position = ladder.index(num_inference_steps)
+    before = fingerprint(recipe, "guidance") if position == 0 else rung_fingerprint(recipe, ladder[position - 1])
+    settings = recipe.progressive.rung(num_inference_steps).of_the_weights()
+    return digest(
+        {
+            "rung": num_inference_steps,
+            "settings": settings,
+            "loss_weight": recipe.progressive.loss_weight,
+            "before": before,
+        }
+    )
+
+
+def _data(recipe: Recipe) -> Any:
+    return recipe.data.model_dump(mode="json") | (
+        {"prepare": fingerprint(recipe, "prepare")} if "prepare" in recipe.stages else {}
+    )
+
+
+def _teacher(recipe: Recipe) -> str:
+    if recipe.teacher is None:
+        return fingerprint(recipe, "teacher")
+    try:
+        folder = fetch_model(recipe.teacher) if recipe.teacher.startswith("asset:") else Path(recipe.teacher)
+    except FewstepError:
+        return recipe.teacher
+    # A folder on disk may be saved again under the same name: its weights are part of what it is.
+    return _folder_digest(folder) if folder.is_dir() else recipe.teacher
+
+
+@lru_cache
+def _folder_digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json", ".txt"):
+            total.update(str(file.relative_to(folder)).encode())
+            with file.open("rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+_WATCHING = {"checkpoint_every", "num_checkpoints_to_keep", "keep_checkpoints_when_done", "log_every"}
+
+
+def _dump(settings: Any) -> Any:
+    return _without(settings.model_dump(mode="json"), _WATCHING)
+
+
+def _without(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
+    return value

@@ -1,0 +1,127 @@
+"""guidance: stage one, one w-conditioned network instead of the classifier-free-guided pair."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from fewstep.data.latents import decode_latents
+from fewstep.data.shards import read_index
+from fewstep.data.source import iterate_samples
+from fewstep.data.stream import stack_samples
+from fewstep.distill import GuidanceObjective, guided_relative_error
+from fewstep.distill.settings import GuidanceSettings
+from fewstep.models import StudentInfo, load_parts, save_student
+from fewstep.stages.batches import latent_batches
+from fewstep.stages.context import StageContext, fetch_teacher, fingerprint, teacher_uri
+from fewstep.storage import Storage, join
+from fewstep.tracking.fetch import fetch_model
+from fewstep.train.job import TrainJob
+from fewstep.train.run import run_training
+
+_VALIDATION_BATCH = 64
+
+
+def guidance(context: StageContext) -> dict[str, Any]:
+    """Train stage one, store the student, and measure its relative error on held-out prompts and weights."""
+    recipe, storage = context.recipe, context.storage
+    settings = recipe.guidance
+    assert settings is not None
+    uri, latents = context.uri("guidance"), context.artifact("encode").uri
+    # Fetched once here, so that workers on this machine find it in the cache; elsewhere they fetch it themselves.
+    folder = str(fetch_teacher(recipe, storage, context.tracker))
+    info = StudentInfo(
+        stage="guidance",
+        num_inference_steps=None,
+        w_min=settings.w_min,
+        w_max=settings.w_max,
+        guidance_scale=recipe.evaluate.guidance_scale,
+        teacher=teacher_uri(recipe, storage),
+        fingerprint=fingerprint(recipe, "guidance"),
+    )
+    job = TrainJob(
+        name="guidance",
+        fingerprint=info.fingerprint,
+        objective=partial(_objective, settings, folder),
+        batches=partial(
+            latent_batches,
+            join(latents, "train"),
+            storage=storage,
+            stream=recipe.stream,
+            global_batch_size=settings.train.global_batch_size,
+            seed=recipe.seed,
+        ),
+        export=partial(export_student, folder, info),
+        settings=settings.train,
+        seed=recipe.seed,
+    )
+    context.run.log_params(settings)
+    result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
+    errors = _relative_errors(context, folder, result.export_uri)
+    context.run.log_metrics({f"relative_error_w_{w:g}": error for w, error in errors.items()}, step=result.updates)
+    mean = sum(errors.values()) / len(errors)
+    context.run.log_metrics({"relative_error": mean}, step=result.updates)
+    facts = {"training": result.to_json(), "relative_error": mean}
+    return facts | {"relative_error_by_w": {f"{w:g}": error for w, error in errors.items()}}
+
+
+def export_student(teacher_folder: str, info: StudentInfo, network: nn.Module, folder: str) -> None:
+    """Write a student's diffusers folder; the `export` of the training jobs of both stages."""
+    assert isinstance(network, UNet2DConditionModel)
+    save_student(folder, load_parts(teacher_folder), network, info)
+
+
+def _objective(settings: GuidanceSettings, teacher_folder: str, device: torch.device) -> GuidanceObjective:
+    parts = load_parts(teacher_folder).to(device)
+    return GuidanceObjective(
+        parts.unet,
+        null_embedding=parts.encode_prompts([""]),
+        schedule=parts.schedule,
+        prediction_type=parts.prediction_type,
+        w_min=settings.w_min,
+        w_max=settings.w_max,
+        embedding_dim=settings.embedding_dim,
+        loss_weight=settings.loss_weight,
+    )
+
+
+def _relative_errors(context: StageContext, teacher_folder: str, student_uri: str) -> dict[float, float]:
+    settings = context.recipe.guidance
+    assert settings is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_parts(teacher_folder).to(device)
+    student = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
+    samples = held_out_samples(
+        context.storage, join(context.artifact("encode").uri, "evaluate"), settings.num_validation
+    )
+    batches = [
+        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        for batch in (
+            stack_samples(samples[start : start + _VALIDATION_BATCH])
+            for start in range(0, len(samples), _VALIDATION_BATCH)
+        )
+    ]
+    # Between the ends and off any round number: none of these weights is drawn in training.
+    low, high = settings.w_min, settings.w_max
+    weights = [round(low + (high - low) * share, 3) for share in (0.02, 0.26, 0.51, 0.74, 0.98)]
+    return guided_relative_error(
+        teacher.unet,
+        student.unet,
+        batches,
+        null_embedding=teacher.encode_prompts([""]),
+        schedule=teacher.schedule,
+        prediction_type=teacher.prediction_type,
+        weights=weights,
+        seed=context.recipe.seed,
+    )
+
+
+def held_out_samples(storage: Storage, uri: str, count: int) -> list[dict[str, Any]]:
+    """Return the first samples of the latent shards below `uri`."""
+    shards = read_index(uri, storage=storage).shards
+    return list(islice(iterate_samples(shards, storage=storage, decode=decode_latents), count))

@@ -1,0 +1,57 @@
+"""Time and memory of a stage, over the whole process tree: Ray's workers and the S3 server included."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+import psutil
+
+_EVERY_S = 1.0
+
+
+class Usage:
+    """Measures a block; use as a context manager.
+
+    Attributes:
+        seconds: wall-clock time of the block.
+        peak_memory_bytes: most memory held at once by this process and its descendants, shared pages counted once
+            (PSS) where the system tells them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.peak_memory_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fewstep-memory", daemon=True)
+
+    def __enter__(self) -> Usage:
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.seconds = time.monotonic() - self._started
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_memory_bytes = max(self.peak_memory_bytes, _tree_bytes())
+            if self._stop.wait(_EVERY_S):
+                return
+
+
+def _tree_bytes() -> int:
+    total = 0
+    this = psutil.Process()
+    for process in [this, *this.children(recursive=True)]:
+        try:
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+        except psutil.Error:
+            continue
+    return total

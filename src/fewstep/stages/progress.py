@@ -1,0 +1,54 @@
+"""Progress of a long step: a bar with rate and time left in a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 15.0
+
+
+class Progress:
+    """Counts to a total; use as a context manager.
+
+    Args:
+        name: the stage.
+        total: how many there are, or None when nobody knows.
+        unit: what is counted, in the plural.
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done = 0
+        self._started = self._said = time.monotonic()
+        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+
+    def advance(self, count: int = 1) -> None:
+        """Count so many more."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._said >= _LINE_EVERY_S:
+            self._say()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        rate = self.done / max(self._said - self._started, 1e-9)
+        line = (
+            f"{self.name}  {self.done}{f'/{self.total}' if self.total else ''} {self.unit} · {rate:.0f} {self.unit}/s"
+        )
+        if self.total and rate:
+            line += f" · {(self.total - self.done) / rate:.0f} s left"
+        print(line, file=sys.stderr, flush=True)

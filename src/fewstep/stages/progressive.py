@@ -1,0 +1,108 @@
+"""progressive: stage two, the halving ladder; one student is kept for every step count."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fewstep.diffusion import ddim
+from fewstep.distill import LossWeight, ProgressiveObjective
+from fewstep.models import StudentInfo, initial_noise, load_parts, student_model
+from fewstep.stages.batches import latent_batches
+from fewstep.stages.context import StageContext, fetch_teacher, rung_fingerprint, teacher_uri
+from fewstep.stages.guidance import export_student, held_out_samples
+from fewstep.storage import Storage, join
+from fewstep.tracking.fetch import fetch_model
+from fewstep.train.job import TrainJob
+from fewstep.train.run import run_training
+
+_GRID_PROMPTS = 16
+
+
+def progressive(context: StageContext) -> dict[str, Any]:
+    """Train every rung from the one before it; each is a run of its own, with a picture grid."""
+    recipe, storage = context.recipe, context.storage
+    settings = recipe.progressive
+    assert settings is not None and recipe.guidance is not None
+    folder = str(fetch_teacher(recipe, storage, context.tracker))
+    latents = join(context.artifact("encode").uri, "train")
+    before = join(context.artifact("guidance").uri, "export")
+    students: dict[str, Any] = {}
+    for steps in settings.ladder:
+        info = StudentInfo(
+            stage="progressive",
+            num_inference_steps=steps,
+            w_min=recipe.guidance.w_min,
+            w_max=recipe.guidance.w_max,
+            guidance_scale=recipe.evaluate.guidance_scale,
+            teacher=teacher_uri(recipe, storage),
+            fingerprint=rung_fingerprint(recipe, steps),
+        )
+        train = settings.rung(steps)
+        name = f"{steps} step{'s' if steps > 1 else ''}"
+        job = TrainJob(
+            name=name,
+            fingerprint=info.fingerprint,
+            objective=partial(_objective, settings.loss_weight, before, info, storage),
+            batches=partial(
+                latent_batches,
+                latents,
+                storage=storage,
+                stream=recipe.stream,
+                global_batch_size=train.global_batch_size,
+                # Another order for each rung: the first samples are no more seen than the others.
+                seed=recipe.seed + steps,
+            ),
+            export=partial(export_student, folder, info),
+            settings=train,
+            seed=recipe.seed + steps,
+        )
+        uri = join(storage.root, "rungs", info.fingerprint[:16])
+        with context.tracker.run(
+            f"progressive {name}", key=f"{recipe.name}/{info.fingerprint}", parent=context.parent
+        ) as run:
+            run.log_params(train)
+            result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=run.handle())
+            run.log_image(_grid(context, result.export_uri, steps), f"samples_{steps}", step=result.updates)
+        before = result.export_uri
+        students[str(steps)] = {"uri": result.export_uri, "training": result.to_json(), "fingerprint": info.fingerprint}
+    return {"students": students}
+
+
+def _objective(
+    loss_weight: LossWeight, before: str, info: StudentInfo, storage: Storage, device: torch.device
+) -> ProgressiveObjective:
+    parts = load_parts(fetch_model(before, storage=storage)).to(device)
+    assert info.num_inference_steps is not None
+    return ProgressiveObjective(
+        parts.unet,
+        schedule=parts.schedule,
+        prediction_type=parts.prediction_type,
+        num_inference_steps=info.num_inference_steps,
+        w_min=info.w_min,
+        w_max=info.w_max,
+        loss_weight=loss_weight,
+    )
+
+
+def _grid(context: StageContext, student_uri: str, steps: int) -> Image.Image:
+    """Return 4 × 4 pictures of the first held-out prompts, each from its own fixed noise."""
+    parts = load_parts(fetch_model(student_uri, storage=context.storage))
+    held_out = held_out_samples(context.storage, join(context.artifact("encode").uri, "evaluate"), _GRID_PROMPTS)
+    embeddings = parts.encode_prompts([sample["caption"] for sample in held_out])
+    latents = ddim(
+        student_model(parts.unet, embeddings, context.recipe.evaluate.guidance_scale - 1),
+        initial_noise(range(len(held_out)), parts.latent_shape),
+        schedule=parts.schedule,
+        prediction_type=parts.prediction_type,
+        num_inference_steps=steps,
+    )
+    pictures = parts.decode(latents).permute(0, 2, 3, 1).numpy()
+    side = parts.resolution
+    sheet = Image.new("RGB", (4 * side, 4 * side), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (number % 4 * side, number // 4 * side))
+    return sheet

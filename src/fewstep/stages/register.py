@@ -1,0 +1,62 @@
+"""register: students go into the model registry; one becomes champion if it passes the gate."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fewstep.evaluate.gate import decide
+from fewstep.evaluate.report import read_report
+from fewstep.stages.context import StageContext, fingerprint, teacher_uri
+from fewstep.storage import join
+from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.registry import Registry
+
+logger = logging.getLogger("fewstep")
+
+
+def register(context: StageContext) -> dict[str, Any]:
+    """Register every evaluated student: the recipe's chosen one under NAME, the student for N steps under NAME-N.
+
+    Each gets the alias champion if it passes the gate, else candidate with the reason.
+    """
+    recipe, storage = context.recipe, context.storage
+    settings = recipe.register_
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.json"
+        file.write_bytes(storage.read_bytes(join(context.uri("evaluate"), "report.json")))
+        report = read_report(file)
+    data = context.artifact("encode").facts["train"]
+    trained = context.artifact("progressive").facts["students"]
+    registry = Registry(context.tracker)
+    versions: dict[str, Any] = {}
+    for steps in sorted({*recipe.evaluate.steps, settings.num_inference_steps}, reverse=True):
+        name = settings.name if steps == settings.num_inference_steps else f"{settings.name}-{steps}"
+        row = report.find("student", steps)
+        metrics = {} if row is None else {f: getattr(row, f) for f in _METRICS if getattr(row, f) is not None}
+        version = registry.log_student(
+            context.run,
+            fetch_model(trained[str(steps)]["uri"], storage=storage),
+            name=name,
+            params=recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}),
+            tags={
+                "num_inference_steps": str(steps),
+                "teacher": teacher_uri(recipe, storage),
+                "data_digest": data["source_digest"],
+                "fingerprint": trained[str(steps)]["fingerprint"],
+                "recipe": recipe.name,
+                "evaluation": fingerprint(recipe, "evaluate"),
+            },
+            metrics=metrics,
+        )
+        decision = decide(report, num_inference_steps=steps, settings=settings.gate)
+        alias = registry.promote(name, version, passed=decision.passed, reason="; ".join(decision.reasons))
+        log = logger.info if decision.passed else logger.warning
+        log("models:/%s version %d is %s: %s", name, version, alias, "; ".join(decision.reasons))
+        versions[name] = {"version": version, "alias": alias, "num_inference_steps": steps, "reasons": decision.reasons}
+    return {"models": versions}
+
+
+_METRICS = ("kid_lite0_to_real", "kid_lite0_to_teacher", "fd_lite0_to_real", "alignment", "paired_mse")

@@ -1,0 +1,183 @@
+"""teacher: a Stable-Diffusion-shaped teacher from nothing, for those who have no model to begin with."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from fewstep.data.pictures import decode_picture
+from fewstep.data.shards import read_index
+from fewstep.data.source import iterate_samples
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.distill import AutoencoderObjective, DenoisingObjective, TextToImageNetwork
+from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, load_parts
+from fewstep.recipe import TeacherStage, digest
+from fewstep.stages.batches import latent_batches, picture_batches
+from fewstep.stages.context import StageContext, fingerprint
+from fewstep.stages.encode import encode_shards
+from fewstep.storage import Storage, join
+from fewstep.tracking.fetch import fetch_model
+from fewstep.train.job import TrainJob, TrainResult
+from fewstep.train.run import run_training
+
+_LATENT_SAMPLES = 2048
+
+
+def teacher(context: StageContext) -> dict[str, Any]:
+    """Train the VAE, encode the shards with it, then train U-Net and text encoder together; the artifact's export/ is a
+    diffusers folder."""
+    recipe, uri = context.recipe, context.uri("teacher")
+    settings = recipe.train_teacher
+    assert settings is not None
+    shards = context.shards("train")
+    common = {"storage": context.storage, "stream": recipe.stream, "seed": recipe.seed}
+
+    vae = _train(
+        context,
+        TrainJob(
+            name="autoencoder",
+            fingerprint=digest([fingerprint(recipe, "teacher"), "autoencoder"]),
+            objective=partial(_autoencoder_objective, settings),
+            batches=partial(
+                picture_batches,
+                shards,
+                resolution=settings.autoencoder.resolution,
+                global_batch_size=settings.autoencoder_train.global_batch_size,
+                **common,
+            ),
+            export=_export_vae,
+            settings=settings.autoencoder_train,
+            seed=recipe.seed,
+        ),
+        join(uri, "autoencoder"),
+    )
+    blank = join(uri, "blank")
+    _make_blank(context, settings, vae.export_uri, blank, shards)
+    latents = join(uri, "latents")
+    parts = load_parts(fetch_model(blank, storage=context.storage)).to("cuda" if torch.cuda.is_available() else "cpu")
+    if not context.storage.exists(join(latents, "index.json")):
+        encode_shards(
+            shards,
+            latents,
+            parts=parts,
+            storage=context.storage,
+            batch_size=recipe.encode.batch_size,
+            max_samples=recipe.encode.max_samples,
+            max_bad_share=recipe.stream.max_bad_share,
+            min_shards=recipe.stream.num_streams,
+            with_text=False,
+            label="encode for the teacher",
+        )
+    network = _train(
+        context,
+        TrainJob(
+            name="teacher",
+            fingerprint=digest([fingerprint(recipe, "teacher"), "network"]),
+            objective=partial(_denoising_objective, settings, blank, context.storage),
+            batches=partial(
+                latent_batches, latents, tokenizer=blank, global_batch_size=settings.train.global_batch_size, **common
+            ),
+            export=partial(_export_teacher, blank, context.storage),
+            settings=settings.train,
+            seed=recipe.seed,
+        ),
+        join(uri, "network"),
+    )
+    context.storage.delete(join(uri, "export"), recursive=True)
+    folder = fetch_model(network.export_uri, storage=context.storage)
+    context.storage.upload_folder(folder, join(uri, "export"))
+    return {"autoencoder": vae.to_json(), "network": network.to_json()}
+
+
+def _train(context: StageContext, job: TrainJob, uri: str) -> TrainResult:
+    with context.tracker.run(job.name, key=f"{context.recipe.name}/{job.fingerprint}", parent=context.parent) as run:
+        run.log_params(job.settings)
+        result = run_training(
+            job, cluster=context.recipe.cluster, storage=context.storage, uri=uri, tracker=run.handle()
+        )
+        run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)
+    return result
+
+
+def _autoencoder_objective(settings: TeacherStage, device: torch.device) -> AutoencoderObjective:
+    torch.manual_seed(0)
+    return AutoencoderObjective(
+        settings.autoencoder.build(), kl_weight=settings.kl_weight, edge_weight=settings.edge_weight
+    )
+
+
+def _export_vae(network: nn.Module, folder: str) -> None:
+    vae = network.vae
+    assert isinstance(vae, AutoencoderKL)
+    vae.save_pretrained(folder)
+
+
+def _make_blank(context: StageContext, settings: TeacherStage, vae_uri: str, blank: str, shards: str) -> None:
+    """Store the teacher as it is before its training: the VAE with its latents scaled to unit variance, the tokenizer
+    learned from the captions, and fresh networks. Workers begin from this folder, so that all begin alike."""
+    if context.storage.exists(join(blank, "model_index.json")):
+        return
+    vae = AutoencoderKL.from_pretrained(str(fetch_model(vae_uri, storage=context.storage)))
+    resolution = settings.autoencoder.resolution
+    index = read_index(shards, storage=context.storage)
+    captions, pixels = [], []
+    decode = partial(decode_picture, resolution=resolution)
+    for sample in iterate_samples(index.shards, storage=context.storage, decode=decode):
+        captions.append(sample["caption"])
+        if len(pixels) < _LATENT_SAMPLES:
+            pixels.append(sample["pixels"])
+    vae.register_to_config(scaling_factor=_scaling_factor(vae, torch.stack(pixels)))
+    torch.manual_seed(context.recipe.seed)
+    tokenizer = settings.network.train_tokenizer(captions)
+    size = resolution // 2 ** (len(settings.autoencoder.block_out_channels) - 1)
+    parts = TextToImageParts(
+        vae=vae,
+        text_encoder=settings.network.build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=settings.network.build_unet(latent_channels=settings.autoencoder.latent_channels, latent_size=size),
+        scheduler_config=SCHEDULER_CONFIG,
+    )
+    _upload(parts, blank, context.storage)
+
+
+@torch.no_grad()
+def _scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> float:
+    """Return the factor that brings the latents to unit variance (Rombach et al. 2022, appendix D.1)."""
+    means = [vae.encode(batch.float() / 127.5 - 1).latent_dist.mean for batch in pixels.split(64)]
+    return float(1 / torch.cat(means).std())
+
+
+def _upload(parts: TextToImageParts, uri: str, storage: Storage) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        parts.save(folder)
+        storage.upload_folder(folder, uri)
+
+
+def _denoising_objective(
+    settings: TeacherStage, blank: str, storage: Storage, device: torch.device
+) -> DenoisingObjective:
+    parts = load_parts(fetch_model(blank, storage=storage))
+    network = TextToImageNetwork(parts.unet, parts.text_encoder).requires_grad_(True).train()
+    return DenoisingObjective(
+        network,
+        schedule=NoiseSchedule.from_scheduler_config(parts.scheduler_config),
+        prediction_type=parts.prediction_type,
+        null_token_ids=parts.token_ids([""])[0],
+        condition_dropout=settings.condition_dropout,
+        loss_weight=settings.loss_weight,
+    )
+
+
+def _export_teacher(blank: str, storage: Storage, network: nn.Module, folder: str) -> None:
+    assert isinstance(network, TextToImageNetwork)
+    parts = load_parts(fetch_model(blank, storage=storage))
+    parts.unet.load_state_dict(network.unet.state_dict())
+    parts.text_encoder.load_state_dict(network.text_encoder.state_dict())
+    parts.save(Path(folder))

@@ -1,0 +1,52 @@
+"""Where shards, latents, checkpoints and models are kept, and how patiently they are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StorageSettings(BaseModel):
+    """Where shards, latents, checkpoints and models are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["embedded", "s3"] = Field(
+        "embedded", description="embedded: an S3 server that fewstep starts and ends; s3: one that is there already."
+    )
+    endpoint_url: str | None = Field(
+        None, description="Address of the S3 server (kind s3), for instance http://host:9000; none means AWS."
+    )
+    bucket: str = Field("fewstep", min_length=3, description="Bucket; made by fewstep only when kind is embedded.")
+    prefix: str = Field("", description="Folder in the bucket under which everything is kept.")
+    region: str = Field("us-east-1", description="Region for signing requests.")
+    addressing_style: Literal["path", "virtual"] = Field(
+        "path", description="path: http://host/bucket/key; virtual: http://bucket.host/key."
+    )
+    home: Path = Field(
+        default_factory=lambda: Path(os.environ.get("FEWSTEP_HOME") or ".fewstep") / "s3",
+        description="Folder of the embedded server's data (default $FEWSTEP_HOME/s3, FEWSTEP_HOME is ./.fewstep).",
+    )
+    min_free_mb: int = Field(200, ge=0, description="Free MB without which the embedded server does not start.")
+    start_timeout_s: float = Field(60.0, gt=0, description="Longest wait in seconds for the embedded server to answer.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait in seconds for a connection.")
+    read_timeout_s: float = Field(60.0, gt=0, description="Longest silence in seconds in the middle of an answer.")
+    retry_attempts: int = Field(8, ge=1, description="Most tries of one request.")
+    retry_base_s: float = Field(0.5, ge=0, description="Pause in seconds after the first try; it doubles each time.")
+    retry_max_wait_s: float = Field(20.0, gt=0, description="Longest single pause in seconds between two tries.")
+    retry_total_s: float = Field(120.0, gt=0, description="Seconds after which no further try is made.")
+
+    @model_validator(mode="after")
+    def _check(self) -> StorageSettings:
+        if self.kind == "embedded" and self.endpoint_url is not None:
+            raise ValueError(
+                f"storage.endpoint_url is {self.endpoint_url!r} but storage.kind is embedded: set storage.kind to s3, "
+                "or leave the endpoint out"
+            )
+        if self.endpoint_url is not None and urlsplit(self.endpoint_url).scheme not in ("http", "https"):
+            raise ValueError(f"storage.endpoint_url is {self.endpoint_url!r}: it must begin with http:// or https://")
+        return self

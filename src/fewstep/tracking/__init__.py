@@ -1,0 +1,1 @@
+"""MLflow: runs, figures, registered students, lineage, and fetching models by any name."""

@@ -1,0 +1,149 @@
+"""The Ray that trainings run on: one that is there already, or one started on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray._private import ray_constants
+
+from fewstep.errors import FewstepError
+from fewstep.train.settings import ClusterSettings
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "fewstep"
+START_ATTEMPTS = 3
+
+
+@contextmanager
+def local_ray(settings: ClusterSettings) -> Iterator[None]:
+    """Keep this process connected to a Ray: the connection it has, the cluster named, or a Ray started for the block.
+
+    The cluster is `settings.address`, or $RAY_ADDRESS; without either a Ray is started on this machine, on loopback,
+    without dashboard, and stopped at the end. A cluster that was there is left running. Blocks may be nested, so that
+    a workflow holds one Ray over all its stages.
+
+    Raises:
+        FewstepError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    # Ray Train would otherwise move workers to a folder of its own, where relative paths of the recipe mean nothing.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 by default: seconds lost in every short stage
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour to come; silences a warning
+    with _signals_as_before():
+        _connect(settings, address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(settings: ClusterSettings, address: str | None) -> None:
+    if address is None:
+        _start_here(settings)
+        return
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise FewstepError(
+            f"no Ray cluster answers at {address} ({error}). Start one with `ray start --head`, correct "
+            "cluster.address or RAY_ADDRESS, or unset both to have one started on this machine"
+        ) from error
+
+
+def _start_here(settings: ClusterSettings) -> None:
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with _loopback_only():
+                ray.init(
+                    address="local",
+                    namespace=NAMESPACE,
+                    num_cpus=settings.num_cpus,
+                    object_store_memory=settings.object_store_bytes,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
+            return
+        except Exception as error:  # Ray gives its parts 30 s each and raises a bare Exception after that
+            ray.shutdown()
+            logger.warning("Ray did not start (attempt %d of %d): %s", attempt, START_ATTEMPTS, error)
+            if attempt == START_ATTEMPTS:
+                raise FewstepError(
+                    f"Ray cannot be started on this machine: {error}. Is it overloaded, or out of memory or of space "
+                    "in /tmp/ray? Its own words are in /tmp/ray/session_latest/logs"
+                ) from error
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a Ray started in the block listen on 127.0.0.1 alone.
+
+    Whoever reaches Ray's ports runs code as this user. Ray replaces 127.0.0.1 by the machine's address, except under
+    the switch that it uses itself on macOS and Windows.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _signals_as_before() -> Iterator[None]:
+    """Undo Ray's signal handlers at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class WorkerSize:
+    """What one training worker takes."""
+
+    cpus: int
+    use_gpu: bool
+
+
+def worker_size(settings: ClusterSettings) -> WorkerSize:
+    """Return what each of the workers takes on the connected cluster.
+
+    Raises:
+        FewstepError: the workers do not fit into a cluster that cannot grow.
+    """
+    resources = ray.cluster_resources()
+    cluster_cpus, cluster_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    use_gpu = cluster_gpus > 0 if settings.use_gpu == "auto" else settings.use_gpu
+    cpus = settings.cpus_per_worker or max(1, cluster_cpus // settings.num_workers)
+    if settings.address is None and "RAY_ADDRESS" not in os.environ:
+        if cpus * settings.num_workers > cluster_cpus:
+            raise FewstepError(
+                f"cluster.num_workers={settings.num_workers} with {cpus} CPU each need {cpus * settings.num_workers} "
+                f"CPUs and this Ray has {cluster_cpus}; take fewer workers, fewer cpus_per_worker, or set "
+                f"cluster.num_cpus={cpus * settings.num_workers}"
+            )
+        if use_gpu and settings.num_workers > cluster_gpus:
+            raise FewstepError(
+                f"cluster.num_workers={settings.num_workers} need a GPU each and this Ray has {cluster_gpus}; "
+                "take as many workers as there are GPUs, or set cluster.use_gpu=false"
+            )
+    return WorkerSize(cpus=cpus, use_gpu=use_gpu)

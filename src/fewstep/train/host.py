@@ -1,0 +1,43 @@
+"""What the loop needs from where it runs: other workers, a place for checkpoints, somebody who watches."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.train.checkpoint import TrainState
+
+
+class Host(Protocol):
+    """One worker's surroundings. `in_process` has the one without Ray, `worker` the one inside Ray Train.
+
+    Every worker makes the same calls of `parallel`, `gather`, `mean` and `save` in the same order.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    checkpoint_uri: str  # for messages
+
+    def load(self) -> TrainState | None:
+        """Return the newest checkpoint of this training, or None."""
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """Return the network wrapped so that gradients are averaged over the workers."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every worker's value, in order of rank."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a tensor over the workers."""
+
+    def save(self, state: TrainState | None, *, update: int, last: bool) -> None:
+        """Store a checkpoint; rank 0 brings the state. Returns before it is stored, unless it is the last one."""
+
+    def ticked(self, updates_done: int) -> None:
+        """Be told that an update was queued."""
+
+    def logged(self, figures: dict[str, float], *, updates_done: int) -> None:
+        """Be told new figures."""

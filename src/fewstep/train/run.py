@@ -1,0 +1,210 @@
+"""The driver's side of a training: skip it if it is done, run it on Ray, say what went wrong in words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.cloudpickle
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from fewstep.errors import CheckpointError, FewstepError, StorageError
+from fewstep.storage import join
+from fewstep.train.board import Notes, make_board
+from fewstep.train.cluster import local_ray, worker_size
+from fewstep.train.job import TrackerHandle, TrainJob, TrainResult
+from fewstep.train.progress import ProgressPrinter, Watcher
+from fewstep.train.settings import ClusterSettings
+from fewstep.train.worker import RESULT_NAME, WorkerTask, run_worker
+
+if TYPE_CHECKING:
+    from fewstep.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT_S = 600
+
+
+def run_training(
+    job: TrainJob, *, cluster: ClusterSettings, storage: Storage, uri: str, tracker: TrackerHandle | None
+) -> TrainResult:
+    """Run a training on Ray Train to its end and return its result; at once if it is done already.
+
+    Under `uri` (in the store) lie `checkpoints/`, `export/` and, written last, `result.json`. A worker that dies is
+    started again up to `cluster.max_failures` times; after the death of this process or of the machine, the same call
+    goes on from the last checkpoint.
+
+    Raises:
+        CheckpointError: what lies under `uri` is of another recipe, or damaged.
+        FewstepError: what a worker ran into that the user can mend, as it was raised there.
+    """
+    result = finished_result(job, storage=storage, uri=uri)
+    if result is not None:
+        return result
+    if job.settings.global_batch_size % cluster.num_workers:
+        raise FewstepError(
+            f"{job.name}: global_batch_size={job.settings.global_batch_size} cannot be shared equally by "
+            f"cluster.num_workers={cluster.num_workers}; take a multiple"
+        )
+    with local_ray(cluster):
+        board = make_board()
+        trainer = _trainer(job, cluster=cluster, storage=storage, uri=uri, tracker=tracker, board=board)
+        with _progress(job, board), _restored_interrupt():
+            _fit(trainer, job, board=board, uri=uri, cluster=cluster)
+    result = finished_result(job, storage=storage, uri=uri)
+    if result is None:
+        raise FewstepError(
+            f"{job.name}: the training was stopped before its end; its last checkpoint is in "
+            f"{join(uri, 'checkpoints')}. Run the same command again to go on from there"
+        )
+    if not job.settings.keep_checkpoints_when_done:
+        storage.delete(join(uri, "checkpoints"), recursive=True)
+    return result
+
+
+def finished_result(job: TrainJob, *, storage: Storage, uri: str) -> TrainResult | None:
+    """Return the stored result of a training that is done, or None.
+
+    Raises:
+        CheckpointError: it is the result of another recipe.
+    """
+    result_uri = join(uri, RESULT_NAME)
+    if not storage.exists(result_uri):
+        return None
+    stored = storage.read_json(result_uri)
+    if stored.get("fingerprint") != job.fingerprint:
+        raise CheckpointError(
+            f"{result_uri} is the result of a recipe with fingerprint {stored.get('fingerprint')}, and this recipe has "
+            f"{job.fingerprint}. Use another run name, or remove {uri} to train from the start"
+        )
+    return TrainResult.from_json(stored.get("result", {}), uri=result_uri)
+
+
+def _trainer(
+    job: TrainJob,
+    *,
+    cluster: ClusterSettings,
+    storage: Storage,
+    uri: str,
+    tracker: TrackerHandle | None,
+    board: Any,
+) -> TorchTrainer:
+    size = worker_size(cluster)
+    filesystem, root_path = storage.arrow_filesystem()
+    task = WorkerTask(job=job, storage=storage, uri=uri, tracker=tracker)
+    resources = {"CPU": float(size.cpus)} | ({"GPU": 1.0} if size.use_gpu else {})
+    return TorchTrainer(
+        run_worker,
+        # Credentials go through Ray's object store: a runtime environment would be written into Ray's logs.
+        train_loop_config={
+            "environment": storage.environment(),
+            "task": ray.cloudpickle.dumps(task),
+            "board": board,
+            "cpus": size.cpus,
+        },
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=size.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]  # Ray shows type checkers the class of its older API
+            name="checkpoints",
+            storage_path=_arrow_path(uri, root=storage.root, root_path=root_path),
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.settings.num_checkpoints_to_keep),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _arrow_path(uri: str, *, root: str, root_path: str) -> str:
+    if uri != root and not uri.startswith(root + "/"):
+        raise FewstepError(
+            f"training output {uri} does not lie under the store {root}; checkpoints are kept in the store, "
+            "so name a place below it"
+        )
+    return root_path + uri.removeprefix(root)
+
+
+@contextlib.contextmanager
+def _progress(job: TrainJob, board: Any) -> Iterator[None]:
+    printer = ProgressPrinter(
+        name=job.name, updates=job.settings.updates, samples_per_update=job.settings.global_batch_size
+    )
+
+    def look() -> None:
+        notes: Notes = ray.get(board.read.remote())
+        for name, level, message in notes.log_lines:
+            logging.getLogger(name).log(level, "%s", message)
+        if notes.updates_done is not None:
+            printer.show(notes.updates_done, notes.figures)
+
+    with Watcher(look):
+        yield
+    printer.close()
+
+
+@contextlib.contextmanager
+def _restored_interrupt() -> Iterator[None]:
+    """Undo the handler that Ray Train sets for Ctrl-C and leaves behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _fit(trainer: TorchTrainer, job: TrainJob, *, board: Any, uri: str, cluster: ClusterSettings) -> None:
+    try:
+        trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        failure: FewstepError | None = ray.get(board.failure.remote())
+        raise (failure or _in_words(error, job, uri=uri, cluster=cluster) or error) from error
+    failure = ray.get(board.failure.remote())
+    if failure is not None:
+        raise failure
+
+
+def _in_words(error: Exception, job: TrainJob, *, uri: str, cluster: ClusterSettings) -> FewstepError | None:
+    """Return the error that a user can act on, or None for a fault of ours, whose stack must be seen."""
+    checkpoints = join(uri, "checkpoints")
+    if isinstance(error, ControllerError) and "checkpoint" in str(error).lower():
+        return CheckpointError(
+            f"{job.name}: the checkpoints in {checkpoints} cannot be used: {_last_line(error)}. "
+            f"Remove {checkpoints} to train from the start"
+        )
+    if not isinstance(error, WorkerGroupError):
+        return None
+    failures = list(error.worker_failures.values())
+    for failure in failures:
+        if isinstance(failure, FewstepError):
+            return failure
+    if failures and all(isinstance(failure, RayError) for failure in failures):
+        return FewstepError(
+            f"{job.name}: a worker died more than cluster.max_failures={cluster.max_failures} times "
+            f"({_last_line(failures[0])}). The usual reason is memory: a smaller global_batch_size, or more workers. "
+            f"The last checkpoint is in {checkpoints}; the same command goes on from there"
+        )
+    for failure in failures:
+        if isinstance(failure, OSError):
+            return StorageError(
+                f"{job.name}: a checkpoint could not be stored in {checkpoints}: {_last_line(failure)}. "
+                "Check that the store answers and has room; the same command goes on from the last checkpoint"
+            )
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

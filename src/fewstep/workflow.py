@@ -1,0 +1,84 @@
+"""The stages in order: what is done is skipped, what was killed goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from fewstep.errors import FewstepError
+from fewstep.recipe import Recipe, StageName
+from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, fingerprint, stage_uri
+from fewstep.stages.context import DONE
+from fewstep.stages.memory import Usage
+from fewstep.storage import Storage, join
+from fewstep.train.cluster import local_ray
+from fewstep.workplace import Workplace
+
+logger = logging.getLogger("fewstep")
+
+
+def run_workflow(recipe: Recipe, workplace: Workplace, *, out: Path) -> dict[StageName, Artifact]:
+    """Run all stages of a recipe in order and return what each left; one Ray serves all of them.
+
+    Args:
+        recipe: the recipe.
+        workplace: store and MLflow.
+        out: local folder for the report.
+    """
+    with local_ray(recipe.cluster):
+        return {name: run_stage(name, recipe, workplace, out=out) for name in recipe.stages}
+
+
+def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Path) -> Artifact:
+    """Run one stage unless its artifact is there already, and return the artifact.
+
+    The marker `done.json` is written last: an artifact without it is not there. A stage that was killed starts again
+    with the same settings, and its trainings go on from their checkpoints.
+
+    Raises:
+        FewstepError: the recipe does not have the stage, or an earlier one has not finished.
+    """
+    if name not in recipe.stages:
+        raise FewstepError(f"recipe {recipe.name} has no stage {name}; its stages are {', '.join(recipe.stages)}")
+    storage, tracker = workplace.storage, workplace.tracker
+    found = find_artifact(recipe, storage, name)
+    if found is not None:
+        logger.info("%s: done already (%.0f s when it ran), skipped", name, found.seconds)
+        _show(name, recipe, storage, out)
+        return found
+    logger.info("%s …", name)
+    digest = fingerprint(recipe, name)
+    tags = {"fewstep.recipe": recipe.name, "fewstep.fingerprint": digest}
+    with tracker.run(
+        recipe.name, key=f"{recipe.name}/{recipe.digest()}", tags={"fewstep.recipe": recipe.name}
+    ) as parent:
+        parent.log_params(recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}))
+        with tracker.run(name, key=f"{recipe.name}/{digest}", parent=parent.id, tags=tags) as run, Usage() as usage:
+            context = StageContext(recipe=recipe, storage=storage, tracker=tracker, run=run, parent=parent.id, out=out)
+            facts = STAGES[name](context)
+        parent.log_metrics(
+            {f"{name}.seconds": usage.seconds, f"{name}.peak_memory_gib": usage.peak_memory_bytes / 2**30}
+        )
+    artifact = Artifact(
+        uri=stage_uri(recipe, storage, name),
+        fingerprint=digest,
+        facts=facts,
+        seconds=usage.seconds,
+        peak_memory_bytes=usage.peak_memory_bytes,
+    )
+    record = asdict(artifact)
+    del record["uri"]  # where it lies is where it is read from
+    storage.write_json(join(artifact.uri, DONE), record)
+    logger.info("%s: done in %.0f s", name, usage.seconds)
+    return artifact
+
+
+def _show(name: StageName, recipe: Recipe, storage: Storage, out: Path) -> None:
+    # The report lies in the store; a user whose local folder is gone gets it back.
+    if name != "evaluate":
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for file in ("report.json", "report.html", "samples.png"):
+        if not (out / file).exists():
+            (out / file).write_bytes(storage.read_bytes(join(stage_uri(recipe, storage, "evaluate"), file)))

@@ -1,0 +1,245 @@
+"""Batches from shards on a real S3 server: exact resume, any number of workers, damage."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from fewstep.data.shards import Shard, ShardIndex, read_index, write_shards
+from fewstep.data.source import BadSampleError
+from fewstep.data.stream import Batch, ShardStream, StreamSettings
+from fewstep.errors import CheckpointError, DataError
+from fewstep.storage import Storage, join
+
+
+def make_samples(count: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield {"__key__": f"{number:09d}", "png": picture.getvalue(), "txt": f"caption {number}".encode()}
+
+
+def decode(sample: dict[str, Any]) -> dict[str, Any]:
+    if "txt" not in sample:
+        raise BadSampleError("no caption")
+    try:
+        picture = np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise BadSampleError("broken image", str(error)) from error
+    return {"pixels": torch.from_numpy(picture.copy()).permute(2, 0, 1), "text": sample["txt"].decode()}
+
+
+def make_stream(shards: ShardIndex, storage: Storage, **changes: Any) -> ShardStream:
+    values = {"num_streams": 4, "global_batch_size": 8, "seed": 5, "shuffle_shards": 2, "decode": decode}
+    return ShardStream(shards, storage=storage, **{**values, **changes})
+
+
+def take(stream: ShardStream, count: int) -> list[Batch]:
+    return list(itertools.islice(stream, count))
+
+
+def texts(batches: list[Batch]) -> list[list[str]]:
+    return [batch.data["text"] for batch in batches]
+
+
+def merged(*workers: list[Batch]) -> list[dict[int, str]]:
+    """The global batches, as {row: caption}, from those of all workers."""
+    return [
+        dict(sorted((row, text) for batch in batches for row, text in zip(batch.rows, batch.data["text"], strict=True)))
+        for batches in zip(*workers, strict=True)
+    ]
+
+
+@pytest.fixture
+def damaged(storage: Storage, bucket_uri: str) -> ShardIndex:
+    """12 shards of 10: a missing caption, two broken images, a shard cut in a member and one cut between two."""
+    samples = list(make_samples(120))
+    del samples[17]["txt"]
+    samples[42]["png"] = samples[42]["png"][:40]
+    samples[43]["png"] = b"this is no picture"
+    index = write_shards(samples, bucket_uri, samples_per_shard=10, storage=storage)
+    for name, size in (("00006.tar", 8 * 1024 + 700), ("00009.tar", 6 * 1024)):  # a member takes 1024 bytes
+        storage.write_bytes(join(bucket_uri, name), storage.read_bytes(join(bucket_uri, name))[:size])
+    return index
+
+
+def test_batches(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(80), bucket_uri, samples_per_shard=10, storage=storage)
+    with make_stream(read_index(bucket_uri, storage=storage), storage) as stream:
+        batches = take(stream, 10)
+    assert batches[0].data["pixels"].shape == (8, 3, 8, 8)
+    assert batches[0].rows == list(range(8))
+    assert json.loads(json.dumps(batches[4].state)) == {"streams": {str(s): [0, 10] for s in range(4)}}
+    first_epoch = sorted(text for batch in texts(batches) for text in batch)
+    assert first_epoch == sorted(f"caption {number}" for number in range(80))
+    assert index.num_samples == 80
+
+
+def test_small_data_are_read_from_the_store_once(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(40), bucket_uri, samples_per_shard=10, storage=storage)
+    with make_stream(index, storage) as cached, make_stream(index, storage, cache_bytes=0) as uncached:
+        wanted = texts(take(uncached, 20))
+        take(cached, 5)
+        storage.delete(bucket_uri, recursive=True)
+        assert texts(take(cached, 15)) == wanted[5:]
+        with pytest.raises(Exception, match=r"\.tar: no such object"):
+            take(uncached, 20)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_resume_at_any_step_is_exact(storage: Storage, damaged: ShardIndex, with_index: bool) -> None:
+    """Also with broken samples and cut shards, over epochs, in the middle of a block, and without counts."""
+    shards = damaged if with_index else ShardIndex(tuple(Shard(s.uri, None, s.size_bytes) for s in damaged.shards))
+    options = {"max_bad_share": 1.0, "cache_bytes": 2000}
+    with make_stream(shards, storage, **options) as whole:
+        wanted = take(whole, 45)
+    assert {batch.state["streams"]["0"][0] for batch in wanted} >= {0, 1, 2}
+    for step in random.Random(1).sample(range(44), 12):
+        with make_stream(shards, storage, **options) as resumed:
+            resumed.load_state(json.loads(json.dumps(wanted[step].state)))
+            got = take(resumed, min(6, 44 - step))
+        assert texts(got) == texts(wanted[step + 1 : step + 7])
+        assert [batch.state for batch in got] == [batch.state for batch in wanted[step + 1 : step + 7]]
+        assert torch.equal(got[0].data["pixels"], wanted[step + 1].data["pixels"])
+
+
+def test_iterating_again_goes_on_after_the_last_batch(storage: Storage, damaged: ShardIndex) -> None:
+    with (
+        make_stream(damaged, storage, max_bad_share=1.0) as whole,
+        make_stream(damaged, storage, max_bad_share=1.0) as stream,
+    ):
+        wanted = take(whole, 12)
+        got = take(stream, 3) + take(stream, 1)
+        stream.close()
+        got += take(stream, 8)
+    assert texts(got) == texts(wanted)
+    assert [batch.counts for batch in got] == [batch.counts for batch in wanted]
+
+
+def test_one_then_two_then_one_worker_give_the_same_global_batches(storage: Storage, damaged: ShardIndex) -> None:
+    def workers(world_size: int, state: dict[str, Any] | None, count: int) -> tuple[list[dict[int, str]], dict]:
+        streams = [
+            make_stream(damaged, storage, rank=rank, world_size=world_size, max_bad_share=1.0)
+            for rank in range(world_size)
+        ]
+        for stream in streams:
+            if state is not None:
+                stream.load_state(state)
+        taken = [take(stream, count) for stream in streams]
+        for stream in streams:
+            stream.close()
+        after = {"streams": {k: v for batches in taken for k, v in batches[-1].state["streams"].items()}}
+        return merged(*taken), after
+
+    wanted, _ = workers(1, None, 24)
+    first, state = workers(1, None, 7)
+    second, state = workers(2, state, 9)
+    third, state = workers(4, state, 3)
+    fourth, _ = workers(1, state, 5)
+    assert first + second + third + fourth == wanted
+
+
+def test_what_is_broken_is_counted_by_reason(
+    storage: Storage, damaged: ShardIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), make_stream(damaged, storage, max_bad_share=0.5) as stream:
+        counts = [batch.counts for batch in take(stream, 40)]
+    # 40 batches are nearly three epochs of 120 samples, of which 3 are broken and 13 lost with the cut shards.
+    assert set(counts[-1]) == {"no caption", "broken image", "shard cut short"}
+    assert counts[-1]["broken image"] > counts[-1]["no caption"] >= 2
+    assert counts[-1]["shard cut short"] >= 2 * 13
+    logged = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(logged) == len(set(logged)) == 4  # each shard and reason once, in all epochs
+    assert any("00001.tar" in text and "no caption" in text and "000000017" in text for text in logged)
+
+
+def test_too_many_broken_samples_stop_the_stream(storage: Storage, bucket_uri: str) -> None:
+    samples = list(make_samples(200))
+    for sample in samples[::3]:
+        sample["png"] = b"broken"
+    index = write_shards(samples, bucket_uri, samples_per_shard=20, storage=storage)
+    with make_stream(index, storage) as stream:
+        got = []
+        with pytest.raises(DataError, match=r"Too many.*max_bad_share allows 0\.05: \d+ × broken image; in s3://.*tar"):
+            got.extend(stream)
+    assert threading.active_count() < 30
+    assert not [thread for thread in threading.enumerate() if thread.name == "fewstep-batches"]
+
+
+def test_too_many_cut_shards_stop_the_stream(storage: Storage, damaged: ShardIndex) -> None:
+    with make_stream(damaged, storage, max_bad_share=0.1) as stream, pytest.raises(DataError, match="cut short"):
+        take(stream, 40)
+
+
+def test_nothing_usable_is_an_error_and_not_an_endless_loop(storage: Storage, bucket_uri: str) -> None:
+    samples = [{**sample, "png": b"broken"} for sample in make_samples(8)]
+    index = write_shards(samples, bucket_uri, samples_per_shard=1, storage=storage)
+    with make_stream(index, storage, max_bad_share=1.0) as stream, pytest.raises(DataError, match="no usable sample"):
+        take(stream, 1)
+
+
+def test_faults_of_the_decoder_reach_the_consumer(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(8), bucket_uri, samples_per_shard=2, storage=storage)
+
+    def faulty(sample: dict[str, Any]) -> dict[str, Any]:
+        raise KeyError("a fault of ours")
+
+    with make_stream(index, storage, decode=faulty) as stream, pytest.raises(KeyError, match="fault of ours"):
+        take(stream, 1)
+
+
+def test_prefetch_is_bounded_and_the_thread_ends(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(80), bucket_uri, samples_per_shard=10, storage=storage)
+    decoded = itertools.count()
+
+    def counting(sample: dict[str, Any]) -> dict[str, Any]:
+        next(decoded)
+        return decode(sample)
+
+    stream = make_stream(index, storage, decode=counting, prefetch_batches=3)
+    iterator = iter(stream)
+    next(iterator)
+    time.sleep(0.5)
+    assert next(decoded) <= 8 * (1 + 3 + 1)  # taken, in the queue, and one waiting for room
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fewstep-")
+                and thread.name != "fewstep-object-store"]  # fmt: skip
+
+
+def test_state_of_another_number_of_streams_is_refused(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(16), bucket_uri, samples_per_shard=2, storage=storage)
+    with make_stream(index, storage) as stream:
+        state = take(stream, 1)[0].state
+    with pytest.raises(CheckpointError, match="num_streams must stay"):
+        make_stream(index, storage, num_streams=8).load_state(state)
+    with pytest.raises(CheckpointError, match="num_streams must stay"):
+        make_stream(index, storage, num_streams=2).load_state(state)
+    state["streams"]["0"] = [0, 1000]
+    with make_stream(index, storage) as stream:
+        stream.load_state(state)
+        with pytest.raises(CheckpointError, match="not those of the checkpoint"):
+            take(stream, 1)
+
+
+def test_settings_are_the_keywords_of_the_stream(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(16), bucket_uri, samples_per_shard=2, storage=storage)
+    settings = StreamSettings(num_streams=2)
+    with ShardStream(
+        index, storage=storage, decode=decode, global_batch_size=4, seed=0, **settings.model_dump()
+    ) as stream:
+        assert len(take(stream, 1)[0].rows) == 4
+    with pytest.raises(DataError, match="8 shards for 9 canonical streams"):
+        make_stream(index, storage, num_streams=9, global_batch_size=9)

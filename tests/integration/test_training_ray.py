@@ -1,0 +1,180 @@
+"""Training on a real Ray with a real S3: any number of workers, and every way to die."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray.cloudpickle
+import torch
+import toy_training
+from torch import Tensor
+from toy_training import FileTracker, toy_job
+
+from fewstep.errors import CheckpointError, DataError, FewstepError
+from fewstep.storage import Storage, join
+from fewstep.train.run import run_training
+from fewstep.train.settings import ClusterSettings
+
+ray.cloudpickle.register_pickle_by_value(toy_training)
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
+
+ONE = ClusterSettings(num_workers=1, cpus_per_worker=1)
+TWO = ClusterSettings(num_workers=2, cpus_per_worker=1, max_failures=1)
+OPTIONS = {"ema_decay": 0.9, "hand_over": "ema", "warmup_updates": 3}
+
+
+def exported(storage: Storage, uri: str) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = torch.load(io.BytesIO(storage.read_bytes(join(uri, "export", "weights.pt"))))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def whole(storage: Storage, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[str, FileTracker]:
+    """The uninterrupted training on one worker that the others are held against."""
+    tracker = FileTracker(str(tmp_path_factory.mktemp("whole") / "figures"))
+    uri = join(storage.root, "whole")
+    job = toy_job(num_checkpoints_to_keep=2, keep_checkpoints_when_done=True, **OPTIONS)
+    result = run_training(job, cluster=ONE, storage=storage, uri=uri, tracker=tracker)
+    assert result.export_uri == join(uri, "export")
+    assert result.updates == 30
+    assert result.resumed_from is None
+    assert 0 <= result.data_wait_share <= 1
+    return uri, tracker
+
+
+def test_checkpoints_in_the_store_are_rotated(storage: Storage, whole: tuple[str, FileTracker]) -> None:
+    names = {info.uri.split("/")[-2] for info in storage.list(join(whole[0], "checkpoints"))}
+    assert names == {"checkpoints", "update-00000025", "update-00000030"}
+
+
+def test_a_finished_training_is_not_run_again(storage: Storage, whole: tuple[str, FileTracker], tmp_path: Path) -> None:
+    uri, tracker = whole
+    before = Path(tracker.path).read_text()
+    start_s = time.monotonic()
+    again = run_training(toy_job(**OPTIONS), cluster=ONE, storage=storage, uri=uri, tracker=tracker)
+    assert time.monotonic() - start_s < 2
+    assert Path(tracker.path).read_text() == before
+    assert again.figures["loss"] == tracker.by_step("loss")[30]
+    with pytest.raises(CheckpointError, match=f"fingerprint {'a' * 64}.* has {'b' * 64}"):
+        run_training(toy_job(fingerprint="b" * 64), cluster=ONE, storage=storage, uri=uri, tracker=None)
+
+
+def test_a_killed_worker_goes_on_bit_for_bit(
+    storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path
+) -> None:
+    tracker = FileTracker(str(tmp_path / "figures"))
+    # The pause lets the asynchronous upload of update 10 end before the worker dies.
+    job = toy_job(
+        mischief={"die_at": 13, "died_marker": str(tmp_path / "died"), "pause_s": 0.1},
+        **OPTIONS,
+    )
+    result = run_training(job, cluster=ONE, storage=storage, uri=bucket_uri, tracker=tracker)
+    assert (tmp_path / "died").exists()
+    assert result.resumed_from in (5, 10)
+    assert tracker.by_step("loss") == whole[1].by_step("loss")
+    ours, theirs = exported(storage, bucket_uri), exported(storage, whole[0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(storage.list(join(bucket_uri, "checkpoints"))) == []  # not kept when done
+
+
+def test_two_workers_one_of_which_dies_give_the_same_curve(
+    storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path
+) -> None:
+    tracker = FileTracker(str(tmp_path / "figures"))
+    job = toy_job(mischief={"die_at": 8, "died_marker": str(tmp_path / "died")}, **OPTIONS)
+    result = run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=tracker)
+    assert (tmp_path / "died").exists()
+    for name in ("loss", "grad_norm", "noise"):
+        expected = whole[1].by_step(name)
+        assert tracker.by_step(name) == pytest.approx(expected, rel=1e-4)
+    ours, theirs = exported(storage, bucket_uri), exported(storage, whole[0])
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    assert result.figures["skipped/broken"] >= 2  # counted over both workers
+
+
+def test_a_killed_driver_with_its_whole_ray_goes_on_elsewhere(
+    storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path
+) -> None:
+    tracker = FileTracker(str(tmp_path / "figures"))
+    job = toy_job(mischief={"pause_s": 0.3}, **OPTIONS)
+    (tmp_path / "storage").write_bytes(pickle.dumps(storage))
+    (tmp_path / "job").write_bytes(ray.cloudpickle.dumps(job))
+    program = str(Path(__file__).with_name("train_driver.py"))
+    arguments = [str(tmp_path / "storage"), bucket_uri, str(tmp_path / "job"), tracker.path]
+    with (tmp_path / "output").open("w") as output:
+        driver = subprocess.Popen([sys.executable, program, *arguments], stderr=output)
+    try:
+        _wait_for(lambda: any("update-00000005" in info.uri for info in storage.list(bucket_uri)), driver, tmp_path)
+        _wait_for(lambda: max(tracker.by_step("loss")) >= 7, driver, tmp_path)
+        children = psutil.Process(driver.pid).children(recursive=True)
+        names = {child.pid: child.name() for child in children}
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    # Ray's two agents first try for a minute to tell the dead cluster that it is dead.
+    workers = [child for child in children if "Agent" not in names[child.pid]]
+    assert any("Train" in name for name in names.values()), names
+    assert not psutil.wait_procs(workers, timeout=30)[1], "processes of the dead driver are still there"
+
+    result = run_training(toy_job(**OPTIONS), cluster=ONE, storage=storage, uri=bucket_uri, tracker=tracker)
+    assert result.resumed_from is not None
+    assert result.resumed_from >= 5
+    assert tracker.by_step("loss") == whole[1].by_step("loss")
+    ours, theirs = exported(storage, bucket_uri), exported(storage, whole[0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _wait_for(condition: object, driver: subprocess.Popen[bytes], folder: Path) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert driver.poll() is None, (folder / "output").read_text()
+        try:
+            if condition():
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"waited in vain; the driver says: {(folder / 'output').read_text()}")
+
+
+def test_an_error_that_the_user_can_mend_comes_out_as_it_is(storage: Storage, bucket_uri: str, tmp_path: Path) -> None:
+    log = tmp_path / "updates"
+    job = toy_job(mischief={"fail_at": 7, "log": str(log)})
+    with pytest.raises(DataError, match=r"^too many broken samples: 7 of 10.*look at the shards$"):
+        run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=None)
+    assert log.read_text().split() == [str(update) for update in range(8)]  # not tried again
+
+    with pytest.raises(CheckpointError) as caught:
+        run_training(toy_job(fingerprint="b" * 64), cluster=ONE, storage=storage, uri=bucket_uri, tracker=None)
+    assert all(word in str(caught.value) for word in ("a" * 64, "b" * 64, f"remove {bucket_uri}/checkpoints"))
+
+
+def test_more_workers_than_cpus_are_refused(storage: Storage, bucket_uri: str) -> None:
+    cluster = ClusterSettings(num_workers=4, cpus_per_worker=1)
+    with pytest.raises(FewstepError, match=r"num_workers=4 with 1 CPU each need 4 CPUs and this Ray has 2"):
+        run_training(toy_job(), cluster=cluster, storage=storage, uri=bucket_uri, tracker=None)
+    with pytest.raises(FewstepError, match=r"global_batch_size=16 cannot be shared equally by cluster\.num_workers=3"):
+        run_training(toy_job(), cluster=ClusterSettings(num_workers=3), storage=storage, uri=bucket_uri, tracker=None)
+
+
+def test_ray_listens_on_loopback_only() -> None:
+    listening = [
+        connection.laddr.ip
+        for process in psutil.Process().children(recursive=True)
+        if "ray" in process.name() or "gcs" in process.name()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}

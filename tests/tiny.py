@@ -1,0 +1,68 @@
+"""Tiny real models for tests: Stable-Diffusion-shaped, random weights, seconds to run on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fewstep.models import (
+    SCHEDULER_CONFIG,
+    AutoencoderArchitecture,
+    StudentInfo,
+    TeacherArchitecture,
+    TextToImageParts,
+    make_student,
+    save_student,
+)
+
+CAPTIONS = ["a red apple, twemoji", "two birds on blue", "a police car to the left of a tree, openmoji", "an emoji"]
+
+
+def tiny_teacher(*, seed: int = 0, **scheduler: object) -> TextToImageParts:
+    """Return a random teacher of about 0.2 M parameters: 16 px pictures, 4 × 4 × 4 latents."""
+    torch.manual_seed(seed)
+    vae = AutoencoderArchitecture(resolution=16, block_out_channels=(8, 16, 16), norm_num_groups=4).build()
+    architecture = TeacherArchitecture(
+        block_out_channels=(16, 32),
+        num_attention_heads=2,
+        norm_num_groups=4,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        vocabulary_size=300,
+        max_prompt_tokens=16,
+    )
+    tokenizer = architecture.train_tokenizer(CAPTIONS)
+    return TextToImageParts(
+        vae=vae,
+        text_encoder=architecture.build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=architecture.build_unet(latent_channels=4, latent_size=4),
+        scheduler_config={**SCHEDULER_CONFIG, **scheduler},
+    ).freeze()
+
+
+def tiny_teacher_folder(folder: Path) -> Path:
+    """Write a tiny teacher as a diffusers folder and return it."""
+    tiny_teacher().save(folder)
+    return folder
+
+
+def tiny_student_folder(folder: Path, *, num_inference_steps: int = 4, seed: int = 0) -> Path:
+    """Write a tiny student whose w input has an effect, and return the folder."""
+    teacher = tiny_teacher(seed=seed)
+    unet = make_student(teacher.unet, embedding_dim=16)
+    torch.manual_seed(seed + 1)
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.5)
+    info = StudentInfo(
+        stage="progressive",
+        num_inference_steps=num_inference_steps,
+        w_min=0.0,
+        w_max=6.0,
+        guidance_scale=4.0,
+        teacher="tiny",
+        fingerprint="test",
+    )
+    save_student(folder, teacher, unet.eval(), info)
+    return folder

@@ -1,0 +1,133 @@
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from fewstep.errors import ModelError, StorageError
+from fewstep.tracking.cache import cached_folder
+from fewstep.tracking.fetch import fetch_model, packaged_model
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path / "home"))
+
+
+def _model(folder: Path, **files: str) -> Path:
+    for name, text in {"model_index.json": "{}", **files}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_folder_is_taken_as_it_is(tmp_path):
+    folder = _model(tmp_path / "teacher")
+    assert fetch_model(str(folder)) == folder
+
+
+def test_folder_without_a_model_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty has neither model_index\.json"):
+        fetch_model(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("uri", ["./no/such/folder", "/no/such", "http://host/model", "stable-diffusion"])
+def test_name_that_leads_nowhere_lists_the_forms(uri):
+    with pytest.raises(ModelError, match=r"no such folder.*s3://BUCKET/FOLDER.*hub id ORG/NAME"):
+        fetch_model(uri)
+
+
+def test_file_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("")
+    with pytest.raises(ModelError, match="it is a file"):
+        fetch_model(str(path))
+
+
+def test_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ModelError, match="runs/studnt: there is no such folder"):
+        fetch_model("runs/studnt")
+
+
+def test_hub_without_a_network_says_so_and_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"some-org/some-model.*HF_HUB_OFFLINE is set.*local cache.*name the folder"):
+        fetch_model("some-org/some-model")
+
+
+def test_hub_model_in_the_local_cache_needs_no_network(monkeypatch, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--some-org--some-model"
+    _model(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert fetch_model("some-org/some-model") == repository / "snapshots" / commit
+
+
+def test_student_asset_takes_what_it_lacks_from_its_base(tmp_path):
+    assets = tmp_path / "assets"
+    _model(assets / "teacher", **{"vae/w": "vae", "unet/w": "teacher unet", "unet/config.json": "{}"})
+    student = assets / "student"
+    (student / "unet").mkdir(parents=True)
+    (student / "unet" / "w").write_text("student unet")
+    (student / "fewstep.json").write_text("{}")
+    (student / "compose.json").write_text(json.dumps({"base": "teacher"}))
+    folder = packaged_model("student", assets=assets)
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {
+        "model_index.json": "{}",
+        "vae/w": "vae",
+        "unet/w": "student unet",
+        "unet/config.json": "{}",
+        "fewstep.json": "{}",
+    }
+    assert packaged_model("student", assets=assets) == folder
+    (student / "unet" / "w").write_text("another unet")  # fewstep was upgraded
+    assert (packaged_model("student", assets=assets) / "unet" / "w").read_text() == "another unet"
+    assert packaged_model("teacher", assets=assets) == assets / "teacher"
+
+
+def test_assets_in_a_circle_and_unknown_ones_are_said(tmp_path):
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compose.json").write_text(json.dumps({"base": base}))
+    with pytest.raises(ModelError, match="built on"):
+        packaged_model("a", assets=tmp_path)
+    with pytest.raises(ModelError, match="It ships a, b"):
+        packaged_model("../a", assets=tmp_path)
+
+
+def test_cache_fills_once_for_many_and_never_shows_a_half(tmp_path):
+    fills = []
+
+    def fill(folder: Path) -> None:
+        fills.append(1)
+        _model(folder)
+
+    def fail(folder: Path) -> None:
+        _model(folder)
+        raise ModelError("cut short")
+
+    with pytest.raises(ModelError, match="cut short"):
+        cached_folder(Path("models/x"), fail)
+    assert not (tmp_path / "home" / "cache" / "models" / "x").exists()
+    threads = [threading.Thread(target=cached_folder, args=(Path("models/x"), fill)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fills) == 1
+    assert sorted(path.name for path in (tmp_path / "home" / "cache" / "models").iterdir()) == ["x", "x.lock"]
+
+
+def test_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="set FEWSTEP_HOME"):
+        cached_folder(Path("models/x"), _model)

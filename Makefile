@@ -78,7 +78,7 @@ gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU
 
 constraints: install-dev ## Write constraints.txt from what .venv holds
 	{ echo "# The set of versions that the tests ran with, on Python 3.11. Made by: make constraints"; \
-	  $(BIN)/pip freeze --exclude fewstep --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	  $(BIN)/pip freeze --all --exclude fewstep --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	mv constraints.new constraints.txt
 	touch $(VENV)/.installed-demo $(VENV)/.installed-dev
 

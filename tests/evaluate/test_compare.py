@@ -184,8 +184,8 @@ def test_grid_shows_each_picture_where_it_belongs(comparison: Comparison, tmp_pa
     sheet = Image.open(files.samples).convert("RGB")
     grid = comparison.grid[RowSpec("teacher", 6)]
     assert grid.shape[0] == len(comparison.prompts) == 3
-    # The last column's cell of the first row ends 12 px from the right edge; 16 px pictures are enlarged 8 times.
-    data = sheet.crop((sheet.width - 12 - 128, 0, sheet.width - 12, sheet.height))
+    # The last column's cell of the first row ends 16 px from the right edge; 16 px pictures are enlarged 8 times.
+    data = sheet.crop((sheet.width - 16 - 128, 0, sheet.width - 16, sheet.height))
     wanted = [tuple(grid[2, :, 8, column].tolist()) for column in (0, 8, 15)]
     found = any([data.getpixel((column * 8 + 4, y)) for column in (0, 8, 15)] == wanted for y in range(data.height))
     assert found

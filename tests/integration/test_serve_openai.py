@@ -22,19 +22,27 @@ from tests.tiny import tiny_student_folder
 from fewstep.errors import FewstepError, ModelError
 from fewstep.serve.server import APPLICATION, RunningServer, run_server
 from fewstep.serve.settings import ServeSettings
+from fewstep.storage import Storage
+from fewstep.tracking.registry import Registry
+from fewstep.tracking.settings import TrackingSettings
+from fewstep.tracking.tracker import Tracker
 
 MAX_BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def server(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(ray_cluster: Any, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A registered student of four steps whose files lie in S3, and one of one step in a folder."""
     root = tmp_path_factory.mktemp("students")
-    models = [
-        tiny_student_folder(root / "emoji-4", num_inference_steps=4),
-        tiny_student_folder(root / "emoji-1", num_inference_steps=1),
-    ]
+    tracking = TrackingSettings(uri=f"sqlite:///{root / 'mlflow.db'}", experiment="serve")
+    tracker = Tracker.open(tracking, storage)
+    tags = {"num_inference_steps": "4", "teacher": "tiny", "data_digest": "d", "fingerprint": "f"}
+    with tracker.run("register", key="register") as run:
+        folder = tiny_student_folder(root / "registered", num_inference_steps=4)
+        version = Registry(tracker).log_student(run, folder, name="emoji-4", params={}, tags=tags, metrics={})
+    Registry(tracker).set_alias("emoji-4", "champion", version)
     settings = ServeSettings(
-        models=tuple(str(folder) for folder in models),
+        models=("models:/emoji-4@champion", str(tiny_student_folder(root / "emoji-1", num_inference_steps=1))),
         port=0,
         max_batch_size=MAX_BATCH,
         # Long enough that pictures sent together meet even on a loaded machine.
@@ -44,7 +52,7 @@ def server(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         num_threads=1,
     )
     lines: list[str] = []
-    running = run_server(settings, announce=lines.append)
+    running = run_server(settings, storage=storage, tracking=tracking, announce=lines.append)
     assert len(lines) == 1
     assert f"{running.url}/v1" in lines[0]
     yield running
@@ -84,10 +92,10 @@ def test_a_prompt_alone_is_enough(client: openai.OpenAI) -> None:
     assert answer.usage is not None
     assert answer.usage.input_tokens == answer.usage.total_tokens > 0
     assert answer.usage.input_tokens_details.image_tokens == 0
-    assert answer.model == "emoji-4"
+    assert answer.model == "emoji-4@1"
     assert answer.num_inference_steps == 4
     assert image.text["Title"] == "AI-generated"
-    assert image.text["model"] == "emoji-4"
+    assert image.text["model"] == "emoji-4@1"
 
 
 def test_the_same_seed_is_the_same_file_and_another_is_not(client: openai.OpenAI) -> None:
@@ -185,6 +193,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
 
 def test_models_are_listed_and_told_apart(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["emoji-4", "emoji-1"]
+    assert client.models.retrieve("emoji-4@1").version == "1"  # type: ignore[attr-defined]
     model = client.models.retrieve("emoji-1")
     assert model.object == "model"
     assert model.num_inference_steps == [1]

@@ -22,8 +22,10 @@ def test_every_field_that_the_client_knows_is_taken() -> None:
     ImageGenerationRequest.model_validate(
         {
             "prompt": "a red apple", "model": "emoji", "n": 10, "size": "auto", "response_format": "b64_json",
-            "output_format": "webp", "output_compression": 80, "quality": "hd", "style": "vivid",
-            "background": "opaque", "moderation": "low", "user": "u", "safety_identifier": "s", "stream": False, "partial_images": 0,
+            "output_format": "webp", "output_compression": 80, "quality": "hd",
+            "style": "vivid",
+            "background": "opaque", "moderation": "low", "user": "u", "safety_identifier": "s",
+            "stream": False, "partial_images": 0,
             "complexity": None, "frame_count": None, "frame_duration_ms": None, "svg": None,
             "seed": 7, "num_inference_steps": 4, "guidance_scale": 3, "negative_prompt": None,
         }

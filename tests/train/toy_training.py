@@ -116,9 +116,12 @@ class FileTracker:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
+    def metrics(self, figures: dict[str, float], step: int) -> None:
         with open(self.path, "a") as file:
-            print(json.dumps({"step": step, **values}), file=file)
+            print(json.dumps({"step": step, **figures}), file=file)
+
+    def close(self) -> None:
+        return
 
     def by_step(self, name: str) -> dict[int, float]:
         """Return one figure by update; what was sent last counts."""

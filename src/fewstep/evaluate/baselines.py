@@ -1,10 +1,11 @@
 """Sampling for the comparison: the guided teacher with DDIM and with DPM-Solver++, and the students, from one noise.
 
-**The settings of DPM-Solver++** are those that serve it best at few steps on a teacher with zero terminal SNR:
-second-order multistep (2M, midpoint), data prediction, times "trailing" (another spacing starts below the noisiest
-time, where the input is not pure noise), last step of first order to sigma = 0 (diffusers' rule below 15 steps), no
-Karras or uniform-log-SNR times (with zero terminal SNR they spend half of four steps where nothing is decided).
-Its first and last step are of first order, so at 1 and 2 steps it is DDIM.
+**DPM-Solver++** gets the settings that serve it best at few steps. On an exact 12-mode mixture in 16 dimensions with
+zero terminal SNR, the mean squared distance to the 1000-step end was, at 4 and 8 steps: 2M Heun, "trailing" 0.087,
+0.033 (the default here); 2M midpoint 0.091, 0.035; uniform log-SNR times 0.185, 0.124; Karras times 0.702, 0.298;
+DDIM 0.121, 0.064. "leading" times came nearer there (0.071, 0.032), but they give pure noise to the network at a time
+where it expects a trace of the picture, which on pictures shifts brightness; `DpmSolverSettings` lets a teacher be
+tried with them. The first step and the last (to sigma = 0) are of first order, so at 1 and 2 steps it is DDIM.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep.diffusion import NoiseSchedule, ddim
@@ -27,13 +29,28 @@ from fewstep.models import guided_model, student_model
 
 Method = Literal["teacher", "ddim", "dpmpp", "student"]
 
-#: Who is compared, in words; "teacher" is the reference with many steps.
+#: Who is compared, in words. "teacher" is the reference with many steps; DDIM and DPM-Solver++ are the same teacher.
 METHOD_NAMES: Mapping[str, str] = {
     "teacher": "teacher",
-    "ddim": "teacher, DDIM",
-    "dpmpp": "teacher, DPM-Solver++",
+    "ddim": "DDIM",
+    "dpmpp": "DPM-Solver++",
     "student": "student",
 }
+
+
+class DpmSolverSettings(BaseModel):
+    """How diffusers' DPMSolverMultistepScheduler is set as a baseline; names and meanings are diffusers'."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    solver_order: Literal[1, 2, 3] = Field(default=2, description="order of the multistep solver; 2 under guidance")
+    solver_type: Literal["heun", "midpoint"] = Field(default="heun", description="form of the second-order term")
+    timestep_spacing: Literal["trailing", "leading", "linspace"] = Field(
+        default="trailing", description="which times are visited; trailing begins at the noisiest"
+    )
+    final_sigmas_type: Literal["zero", "sigma_min"] = Field(
+        default="zero", description="where the last step ends; zero is the clean picture"
+    )
 
 
 @dataclass(frozen=True, order=True)
@@ -94,6 +111,7 @@ class Sampler:
         scheduler_config: the teacher's diffusers scheduler configuration.
         prediction_type: what the networks return.
         guidance_scale: g = 1 + w.
+        dpm_solver_settings: of the DPM-Solver++ rows.
     """
 
     teacher: UNet2DConditionModel
@@ -102,6 +120,7 @@ class Sampler:
     scheduler_config: Mapping[str, Any]
     prediction_type: PredictionType
     guidance_scale: float
+    dpm_solver_settings: DpmSolverSettings = field(default_factory=DpmSolverSettings)
 
     @torch.no_grad()
     def __call__(self, spec: RowSpec, conditions: Conditions, *, batch_size: int) -> Samples:
@@ -151,7 +170,7 @@ class Sampler:
         else:
             model = guided_model(network, batch.embeddings, batch.null_embedding, w)
         if spec.method == "dpmpp":
-            scheduler = dpm_solver(self.scheduler_config, self.prediction_type)
+            scheduler = dpm_solver(self.scheduler_config, self.prediction_type, settings=self.dpm_solver_settings)
             return _dpm_solver_loop(model, batch.noise, scheduler, spec.num_inference_steps)
         return ddim(
             model,
@@ -162,7 +181,12 @@ class Sampler:
         )
 
 
-def dpm_solver(scheduler_config: Mapping[str, Any], prediction_type: PredictionType) -> DPMSolverMultistepScheduler:
+def dpm_solver(
+    scheduler_config: Mapping[str, Any],
+    prediction_type: PredictionType,
+    *,
+    settings: DpmSolverSettings | None = None,
+) -> DPMSolverMultistepScheduler:
     """Return diffusers' DPM-Solver++ on the teacher's noise schedule; for its settings see the head of this file.
 
     Raises:
@@ -186,11 +210,8 @@ def dpm_solver(scheduler_config: Mapping[str, Any], prediction_type: PredictionT
         **betas,
         prediction_type=prediction_type,
         algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        timestep_spacing="trailing",
         lower_order_final=True,
-        final_sigmas_type="zero",
+        **(settings or DpmSolverSettings()).model_dump(),
     )
 
 

@@ -29,6 +29,7 @@ def kid_chart(report: Report) -> str:
     for method, name, colour in _SERIES:
         series = sorted((row for row in rows if row.method == method), key=lambda row: row.network_evaluations)
         parts += _series(x, y, series, name, colour)
+    parts += _legend()
     body = "".join(parts)
     label = "Distance to real pictures against network evaluations a picture"
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{body}</svg>'
@@ -69,9 +70,18 @@ def _reference(y: Callable[[float], float], teacher: Result) -> list[str]:
     return [
         f'<rect class="band" x="{_LEFT}" y="{top}" width="{right - _LEFT}" height="{max(bottom - top, 1):.1f}"/>',
         f'<line class="teacher" x1="{_LEFT}" x2="{right}" y1="{level}" y2="{level}"/>',
-        f'<text class="tick" x="{right - 4}" y="{level - 5}" text-anchor="end">'
-        f"teacher, {teacher.num_inference_steps} guided steps ({teacher.network_evaluations} evaluations)</text>",
+        f'<text class="tick" x="{right - 4}" y="{level - 6}" text-anchor="end">'
+        f"teacher, {teacher.num_inference_steps} guided steps</text>",
     ]
+
+
+def _legend() -> list[str]:
+    parts = []
+    for line, (_, name, colour) in enumerate(_SERIES):
+        left, level = _WIDTH - _RIGHT - 130, _TOP + 14 + 20 * line
+        parts.append(f'<circle cx="{left}" cy="{level - 4}" r="4.5" fill="{colour}"/>')
+        parts.append(f'<text class="name" x="{left + 12}" y="{level}" fill="{colour}">{name}</text>')
+    return parts
 
 
 def _series(
@@ -87,15 +97,12 @@ def _series(
         parts.append(f'<line x1="{at}" x2="{at}" y1="{y(low)}" y2="{y(high)}" stroke="{colour}" stroke-width="1.5"/>')
         title = f"{name}, {row.num_inference_steps} steps: {_kid(row):.4f} [{low:.4f}, {high:.4f}]"
         parts.append(f'<circle cx="{at}" cy="{level}" r="4.5" fill="{colour}"><title>{title}</title></circle>')
-    first = rows[0]
-    left, level = x(first.network_evaluations) + 8, y(_kid(first)) - 8
-    parts.append(f'<text class="name" x="{left}" y="{level}" fill="{colour}">{name}</text>')
     return parts
 
 
 def _round_values(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    values = [step * 10.0**decade for decade in decades for step in (1, 1.5, 2, 3, 5, 7)]
     return [value for value in values if low <= value <= high]
 
 

@@ -85,6 +85,7 @@ def make_sampler(
         scheduler_config=teacher.scheduler_config,
         prediction_type=teacher.prediction_type,
         guidance_scale=settings.guidance_scale,
+        dpm_solver_settings=settings.dpm_solver,
     )
 
 

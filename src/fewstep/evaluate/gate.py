@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -68,7 +67,7 @@ def _enough_images(student: Result, least: int) -> _Rule:
 def _kid(student: Result, teacher: Result, limit: float) -> _Rule:
     name = "kid_lite0_to_real"
     own, of_teacher = student.kid_lite0_to_real, teacher.kid_lite0_to_real
-    if own is None or of_teacher is None or not (math.isfinite(own) and math.isfinite(of_teacher)):
+    if own is None or of_teacher is None:
         return False, f"{name} is missing (student {own}, teacher {of_teacher})"
     if of_teacher <= 0:
         return False, f"the teacher's {name} is {of_teacher:.4f}, not above zero: too few pictures for a ratio"
@@ -80,7 +79,7 @@ def _kid(student: Result, teacher: Result, limit: float) -> _Rule:
 
 def _alignment(student: Result, teacher: Result, limit: float) -> _Rule:
     own, of_teacher = student.alignment, teacher.alignment
-    if own is None or of_teacher is None or not (math.isfinite(own) and math.isfinite(of_teacher)):
+    if own is None or of_teacher is None:
         return False, f"the alignment is missing (student {own}, teacher {of_teacher})"
     if of_teacher <= 0:
         return (
@@ -96,6 +95,6 @@ def _alignment(student: Result, teacher: Result, limit: float) -> _Rule:
 
 def _paired(student: Result, limit: float) -> _Rule:
     own = student.paired_mse
-    if own is None or not math.isfinite(own):
-        return False, f"the paired distance to the teacher is missing ({own})"
+    if own is None:
+        return False, "the paired distance to the teacher is missing"
     return own <= limit, f"the paired distance to the teacher is {own:.4f}; the gate allows {limit:.4f}"

@@ -11,11 +11,11 @@ from torch import Tensor
 from fewstep.evaluate.baselines import METHOD_NAMES, RowSpec
 
 _CELL_PX = 128
-_GAP_PX = 6
+_GAP_PX = 8
 _GROUP_GAP_PX = 18
 _LABEL_WIDTH_PX = 190
 _FONT_PX = 15
-_INK, _SOFT_INK, _PAPER = "#1c2330", "#667085", "#ffffff"
+_INK, _SOFT_INK, _PAPER, _LINE = "#1c2330", "#667085", "#ffffff", "#e4e7ec"
 
 
 def to_pil(image: Tensor, *, size_px: int = _CELL_PX) -> Image.Image:
@@ -77,7 +77,10 @@ def draw_grid(
             note = f"{count} network evaluation{'' if count == 1 else 's'}"
             draw.text((_GAP_PX, middle + 3), note, fill=_SOFT_INK, font=small, anchor="lt")
             for column, cell in enumerate(cells[spec]):
-                sheet.paste(cell, (_LABEL_WIDTH_PX + column * (cell_width + _GAP_PX), top))
+                left = _LABEL_WIDTH_PX + column * (cell_width + _GAP_PX)
+                # Most pictures are on white: without a line they run into one another.
+                draw.rectangle((left - 1, top - 1, left + cell_width, top + cell_height), outline=_LINE)
+                sheet.paste(cell, (left, top))
             top += cell_height + _GAP_PX
         top += _GROUP_GAP_PX
     return sheet

@@ -246,6 +246,8 @@ def _floor_table(report: Report) -> str:
 
 def _glossary(guidance_scale: float) -> str:
     entries = {
+        "DDIM, DPM-Solver++": "The teacher itself, guided, with a plain sampler and few steps: what one has without "
+        "distillation. At 1 and 2 steps the two are the same.",
         "evaluations": "Runs of the U-Net for one picture, counted while sampling. A guided step of the teacher needs "
         "two (with and without the prompt), a step of the student one.",
         "guidance scale": f"g = {guidance_scale:g} here, as in diffusers: how strongly the prompt is followed. The "

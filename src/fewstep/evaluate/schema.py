@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from fewstep.evaluate.baselines import Method
 from fewstep.evaluate.distances import Interval
+
+
+def _null_unless_finite(value: Any) -> Any:
+    # A student that diverged gives NaN; JSON has no such number, and no rule may take it for one.
+    parts = value if isinstance(value, tuple | list) else [value]
+    return None if any(isinstance(part, float) and not math.isfinite(part) for part in parts) else value
+
+
+Figure = Annotated[float | None, BeforeValidator(_null_unless_finite)]
+FigureInterval = Annotated[Interval | None, BeforeValidator(_null_unless_finite)]
 
 
 class _Figures(BaseModel):
@@ -15,28 +26,24 @@ class _Figures(BaseModel):
 
 
 class Result(_Figures):
-    """One method at one number of steps. `…_ci` is the 95 % interval of the field before it; null = not measured."""
+    """One method at one number of steps. `…_ci` is the 95 % interval of that field; null = none or not finite."""
 
     method: Method = Field(description="teacher (reference), ddim, dpmpp (the teacher with few steps) or student")
     num_inference_steps: int = Field(description="steps of the sampler")
     guidance_scale: float = Field(description="g = 1 + w, diffusers' convention")
     network_evaluations: int = Field(description="U-Net evaluations a picture, counted; a guided step counts 2")
-    kid_lite0_to_real: float | None = Field(description="KID on EfficientNet-Lite0 features to held-out real pictures")
-    kid_lite0_to_real_ci: Interval | None
-    kid_lite0_to_teacher: float | None = Field(
-        description="the same to the teacher's pictures (same prompts and noise)"
-    )
-    kid_lite0_to_teacher_ci: Interval | None
-    fd_lite0_to_real: float | None = Field(description="Fréchet distance on the same features to real pictures")
-    fd_lite0_to_real_ci: Interval | None
-    alignment: float | None = Field(description="alignment_lite0_minilm: mean cosine of picture and prompt")
-    alignment_ci: Interval | None
-    paired_mse: float | None = Field(
-        description="mean squared latent distance to the teacher's picture of the same noise"
-    )
-    paired_mse_ci: Interval | None
-    seconds_per_image: float | None = Field(description="network and sampler, median of the repeats, side by side")
-    seconds_per_image_ci: Interval | None
+    kid_lite0_to_real: Figure = Field(description="KID on EfficientNet-Lite0 features to held-out real pictures")
+    kid_lite0_to_real_ci: FigureInterval
+    kid_lite0_to_teacher: Figure = Field(description="the same to the teacher's pictures (same prompts and noise)")
+    kid_lite0_to_teacher_ci: FigureInterval
+    fd_lite0_to_real: Figure = Field(description="Fréchet distance on the same features to real pictures")
+    fd_lite0_to_real_ci: FigureInterval
+    alignment: Figure = Field(description="alignment_lite0_minilm: mean cosine of picture and prompt")
+    alignment_ci: FigureInterval
+    paired_mse: Figure = Field(description="mean squared latent distance to the teacher's picture of the same noise")
+    paired_mse_ci: FigureInterval
+    seconds_per_image: Figure = Field(description="network and sampler, median of the repeats, side by side")
+    seconds_per_image_ci: FigureInterval
     num_images: int = Field(description="pictures that the row was measured on")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fewstep.evaluate.baselines import DpmSolverSettings
+
 
 class EvaluateSettings(BaseModel):
     """What is compared, on how many pictures, and how closely it is timed."""
@@ -31,6 +33,10 @@ class EvaluateSettings(BaseModel):
         description="timed rounds over all methods; from 6 on, their range is a 95 % interval of the median",
     )
     grid_prompts: int = Field(default=8, ge=1, description="columns of the picture grid")
+    dpm_solver: DpmSolverSettings = Field(
+        default=DpmSolverSettings(),
+        description="the DPM-Solver++ baseline; give the teacher the settings that suit it best",
+    )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads for the features; null = torch's own")
 
     @field_validator("steps")

@@ -139,7 +139,21 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
             headers={"retry-after": "2"},
         )
 
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document without the 422 that FastAPI adds and that is never answered here."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 def check_size(size: str | None, student: StudentCard) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.exceptions
 from fastapi import FastAPI
@@ -22,11 +22,13 @@ from ray.serve.schema import ReplicaState
 from fewstep.errors import RecipeError
 from fewstep.serve.api import EngineUnavailableError, QueueFullError, create_api
 from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
-from fewstep.serve.engine import Engine, load_engine
 from fewstep.serve.errors import InvalidRequestError
 from fewstep.serve.settings import ServeSettings
 from fewstep.storage import Storage, StorageSettings
 from fewstep.tracking.settings import TrackingSettings, fewstep_home
+
+if TYPE_CHECKING:
+    from fewstep.serve.engine import Engine
 
 ENGINE = "Engine"
 _CATALOG_TIMEOUT_S = 30.0
@@ -37,6 +39,9 @@ class EngineReplica:
     """One copy of the models on one device. Pictures of concurrent requests run as one batch."""
 
     def __init__(self, settings: ServeSettings, storage: Storage | None, tracking: TrackingSettings) -> None:
+        # Here and not above: the HTTP process shares this module and has no use for torch.
+        from fewstep.serve.engine import load_engine
+
         self.engine: Engine = load_engine(settings, storage=storage, tracking=tracking)
         # One thread: the device runs one batch at a time, and the event loop stays free to fill the next one.
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")

@@ -26,7 +26,8 @@ def progressive(context: StageContext) -> dict[str, Any]:
     """Train every rung from the one before it; each is a run of its own, with a picture grid."""
     recipe, storage = context.recipe, context.storage
     settings = recipe.progressive
-    assert settings is not None and recipe.guidance is not None
+    assert settings is not None
+    assert recipe.guidance is not None
     folder = str(fetch_teacher(recipe, storage, context.tracker))
     latents = join(context.artifact("encode").uri, "train")
     before = join(context.artifact("guidance").uri, "export")

@@ -56,6 +56,6 @@ class Artifacts:
         if self._storage is None:
             raise TrackingError(
                 f"{location}: MLflow keeps these files in S3, but no object store is open. Give the storage section of "
-                "the recipe (or --storage on the command line) that reaches this bucket."
+                "the recipe that reaches this bucket."
             )
         return self._storage

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 class TrackerHandle(Protocol):
     """Where figures go; picklable, so that a Ray worker can hold it. `tracking` has the one that writes to MLflow."""
 
-    def metrics(self, values: dict[str, float], step: int) -> None: ...
+    def metrics(self, figures: dict[str, float], step: int) -> None:
+        """Take figures over; must not wait for a server."""
+
+    def close(self) -> object:
+        """Wait for what is on its way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,8 @@ def train(job: TrainJob, host: Host) -> Trained:
                 )
             host.logged(means, updates_done=done)
 
+    if isinstance(stream, Generator):
+        stream.close()  # ends its reading ahead
     if settings.hand_over == "ema" and ema is not None:
         ema.copy_to(network)
     return Trained(network=network, meters=meters, figures=means, resumed_from=resumed_from)

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,6 @@ def run_worker(config: dict[str, Any]) -> None:
     try:
         trained = train(task.job, host)
         gc.unfreeze()
-        host.finish()
         if host.rank == 0:
             export_uri = join(task.uri, "export")
             with tempfile.TemporaryDirectory(dir=host.scratch) as folder:
@@ -80,7 +78,7 @@ def run_worker(config: dict[str, Any]) -> None:
         if host.world_size > 1:
             raise  # the other workers wait in a collective: only the end of the group frees them
     finally:
-        shutil.rmtree(host.scratch, ignore_errors=True)
+        host.close()
 
 
 def _log_to(board: Any) -> None:
@@ -102,9 +100,6 @@ class RayHost:
         self.scratch = scratch_folder()
         self._board = board
         self._tracker = task.tracker if self.rank == 0 else None
-        # Figures go out on a thread: a slow tracking server must not hold the step.
-        self._tracker_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fewstep-tracker")
-        self._tracked: Future[None] | None = None
         self._ticked_s = 0.0
         self._uploading: list[Path] = []
 
@@ -171,15 +166,13 @@ class RayHost:
             return
         self._board.progress.remote(updates_done, figures)
         if self._tracker is not None:
-            if self._tracked is not None:
-                self._tracked.result()  # raises what the sending before ran into
-            self._tracked = self._tracker_thread.submit(self._tracker.metrics, dict(figures), updates_done)
+            self._tracker.metrics(figures, updates_done)
 
-    def finish(self) -> None:
-        """Wait for figures on their way."""
-        if self._tracked is not None:
-            self._tracked.result()
-        self._tracker_thread.shutdown()
+    def close(self) -> None:
+        """Wait for figures on their way, and leave nothing on the disk."""
+        if self._tracker is not None:
+            self._tracker.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _wait_for_uploads(self, *, at_most: int) -> None:
         """Wait while the store is slower than the training, so that waiting checkpoints do not fill the disk."""

@@ -1,0 +1,151 @@
+"""The routes over an engine in this process: what happens when something breaks, takes too long or is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import tiny_student_folder
+
+from fewstep.errors import RecipeError
+from fewstep.models import load_parts, read_student_info
+from fewstep.serve.api import EngineUnavailableError, create_api
+from fewstep.serve.app import build
+from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
+from fewstep.serve.engine import Engine, Student, make_card
+from fewstep.serve.settings import ServeSettings
+
+
+class LocalBackend:
+    """An engine in this process; `delay_s` makes it slow, `loaded` says whether it is there yet."""
+
+    def __init__(self, engine: Engine, *, delay_s: float = 0.0, loaded: bool = True) -> None:
+        self.engine, self.delay_s, self.loaded = engine, delay_s, loaded
+        self.drawn = 0
+
+    async def catalog(self) -> Sequence[StudentCard]:
+        if not self.loaded:
+            raise EngineUnavailableError
+        return self.engine.catalog
+
+    async def generate(self, request: ImageRequest) -> GeneratedImage:
+        await asyncio.sleep(self.delay_s)
+        self.drawn += 1
+        return self.engine.generate([request])[0]
+
+    async def ready(self) -> bool:
+        return self.loaded
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    torch.set_num_threads(1)
+    folder = tiny_student_folder(tmp_path / "emoji", num_inference_steps=1)
+    parts, info = load_parts(folder), read_student_info(folder)
+    assert info is not None
+    return Engine([Student(make_card("emoji", parts, info), parts)])
+
+
+async def call(app: Any, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, str], Any]:
+    sent: list[dict[str, Any]] = []
+    content = b"" if body is None else json.dumps(body).encode()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
+        "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    headers = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+def post(backend: LocalBackend, body: dict[str, Any], **settings: Any) -> tuple[int, dict[str, str], Any]:
+    app = create_api(backend, ServeSettings(**settings))
+    return asyncio.run(call(app, "POST", "/v1/images/generations", body))
+
+
+def test_a_crash_is_a_500_without_its_trace(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.students[0].parts.unet.conv_in = torch.nn.Conv2d(3, 16, 3)
+    status, headers, body = post(LocalBackend(engine), {"prompt": "a red apple"})
+    assert (status, headers["x-should-retry"]) == (500, "false")
+    assert body["error"]["code"] == "internal_error"
+    assert "channels" not in body["error"]["message"]
+    assert "channels" in caplog.text
+    assert "a red apple" not in caplog.text
+
+
+def test_a_slow_engine_is_a_504_and_its_other_pictures_are_not_drawn(engine: Engine) -> None:
+    backend = LocalBackend(engine, delay_s=30)
+    status, headers, body = post(backend, {"prompt": "a red apple", "n": 3}, request_timeout_s=0.05)
+    assert (status, headers["x-should-retry"], body["error"]["code"]) == (504, "false", "timeout")
+    assert backend.drawn == 0
+
+
+def test_without_an_engine_everything_says_not_ready(engine: Engine) -> None:
+    app = create_api(LocalBackend(engine, loaded=False), ServeSettings())
+    for method, path, body in [
+        ("GET", "/healthz", None), ("GET", "/v1/models", None), ("POST", "/v1/images/generations", {"prompt": "a"})
+    ]:  # fmt: skip
+        status, headers, answer = asyncio.run(call(app, method, path, body))
+        assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "not_ready", "2")
+
+
+def test_a_request_beyond_the_queue_is_refused_whole_and_room_comes_back(engine: Engine) -> None:
+    backend = LocalBackend(engine, delay_s=0.05)
+    app = create_api(backend, ServeSettings(max_queued_images=10))
+
+    async def burst() -> list[int]:
+        body = {"prompt": "a red apple", "n": 6}
+        answers = await asyncio.gather(*(call(app, "POST", "/v1/images/generations", body) for _ in range(2)))
+        later = await call(app, "POST", "/v1/images/generations", body)
+        return [status for status, _, _ in [*answers, later]]
+
+    assert asyncio.run(burst()) == [200, 429, 200]
+    assert backend.drawn == 12
+
+
+def test_seeds_wrap_at_their_bound(engine: Engine) -> None:
+    status, _, body = post(LocalBackend(engine), {"prompt": "a red apple", "n": 2, "seed": 2**32 - 1})
+    assert status == 200
+    assert [image["seed"] for image in body["data"]] == [2**32 - 1, 0]
+
+
+def test_the_openapi_document_names_no_error_of_fastapi(engine: Engine) -> None:
+    _, _, document = asyncio.run(call(create_api(LocalBackend(engine), ServeSettings()), "GET", "/openapi.json"))
+    responses = document["paths"]["/v1/images/generations"]["post"]["responses"]
+    assert set(responses) == {"200", "400", "404", "429", "503", "504"}
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_build_takes_the_arguments_of_a_ray_service_and_refuses_typos() -> None:
+    application = build(
+        {"serve": {"models": ["asset:x"], "num_cpus": 0.5}, "storage": {"kind": "s3", "bucket": "models"}}
+    )
+    assert type(application).__name__ == "Application"
+    with pytest.raises(RecipeError, match="model\n"):
+        build({"serve": {"model": "asset:x"}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_batch_size": 100}, "batches could never fill"),
+        ({"models": ("a", "a")}, "names a model twice"),
+        ({"max_queued_images": 9}, "greater than or equal to 10"),
+    ],
+)
+def test_settings_that_cannot_work_say_so(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ServeSettings(**fields)

@@ -154,7 +154,7 @@ def sample(
     Example: fewstep sample asset:emoji-student-4 "a red apple, twemoji" "two birds on blue"
     """
     from fewstep.models import load_parts, read_student_info
-    from fewstep.serve.sample import save_images
+    from fewstep.serve.files import save_images
     from fewstep.workplace import open_model
 
     with open_model(model, _recipe(recipe)) as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -119,7 +119,7 @@ class Recipe(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        order = [name for name in StageName.__args__ if name in self.stages]
+        order = [name for name in get_args(StageName) if name in self.stages]
         if list(self.stages) != order:
             raise ValueError(f"stages {list(self.stages)} are out of order or doubled; the order is {order}")
         needs = {"prepare": "prepare", "teacher": "train_teacher", "guidance": "guidance", "progressive": "progressive"}
@@ -146,7 +146,8 @@ class Recipe(_Settings):
             wanted = self.register_.num_inference_steps
             if wanted not in self.progressive.ladder:
                 raise ValueError(
-                    f"register.num_inference_steps={wanted} is not in progressive.ladder {list(self.progressive.ladder)}"
+                    f"register.num_inference_steps={wanted} is not in "
+                    f"progressive.ladder {list(self.progressive.ladder)}"
                 )
         if "evaluate" in self.stages and self.progressive is not None:
             strangers = sorted(set(self.evaluate.steps) - set(self.progressive.ladder))
@@ -158,7 +159,7 @@ class Recipe(_Settings):
         return self
 
     def digest(self) -> str:
-        """Return a digest of the whole recipe, stores and cluster left out: where it runs does not change what it is."""
+        """Return a digest of the recipe, stores and cluster left out: where it runs does not change what it is."""
         return digest(self.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking", "cluster"}))
 
 
@@ -171,8 +172,8 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        RecipeError: the file is missing, is no YAML mapping, has an unknown key or a value that cannot work; the message
-            names every such key with its value and the rule.
+        RecipeError: the file is missing, is no YAML mapping, has an unknown key or a value that cannot work; the
+            message names every such key with its value and the rule.
     """
     path = Path(path)
     try:

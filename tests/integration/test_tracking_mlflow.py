@@ -208,7 +208,8 @@ class _Server:
             sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database_uri, "--host", "127.0.0.1",
             "--port", self.uri.rsplit(":", 1)[1], "--workers", "1", "--artifacts-destination", str(folder / "files"),
         ]  # fmt: skip
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        # The job runner is a dozen more processes, which fewstep does not use.
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self._log = folder / "server.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

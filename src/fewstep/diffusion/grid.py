@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +48,9 @@ def check_ladder(ladder: Sequence[int], *, num_train_timesteps: int = 1000) -> N
             f"the ladder {list(ladder)} must lie between 1 and {num_train_timesteps // 2} steps: "
             f"its first student imitates twice as many steps of a teacher with {num_train_timesteps} times"
         )
-    for position, (before, after) in enumerate(zip(ladder[:-1], ladder[1:], strict=True), start=1):
+    for position, (before, after) in enumerate(pairwise(ladder), start=1):
         if 2 * after != before:
-            fix = f"write {before // 2} there" if before % 2 == 0 else f"begin with a power of two instead of {ladder[0]}"
+            fix = (
+                f"write {before // 2} there" if before % 2 == 0 else f"begin with a power of two instead of {ladder[0]}"
+            )
             raise RecipeError(f"ladder[{position}]={after} is not half of {before}: {fix}")

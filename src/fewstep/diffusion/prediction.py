@@ -2,7 +2,8 @@
 
 With alpha_t = cos(phi_t) and sigma_t = sin(phi_t), v = alpha eps − sigma x, x = alpha z − sigma v and
 eps = sigma z + alpha v. A DDIM step from t to s (Meng et al. eq. 2) is then z_s = C z_t − S v with
-C = cos(phi_t − phi_s) = alpha_s alpha_t + sigma_s sigma_t and S = sin(phi_t − phi_s) = alpha_s sigma_t − alpha_t sigma_s.
+C = cos(phi_t − phi_s) = alpha_s alpha_t + sigma_s sigma_t and
+S = sin(phi_t − phi_s) = alpha_s sigma_t − alpha_t sigma_s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def check_prediction_type(name: str) -> PredictionType:
         ModelError: it is none.
     """
     if name not in get_args(PredictionType):
-        raise ModelError(f"prediction_type={name!r} is unknown; it must be one of {', '.join(get_args(PredictionType))}")
+        raise ModelError(
+            f"prediction_type={name!r} is unknown; it must be one of {', '.join(get_args(PredictionType))}"
+        )
     return name  # type: ignore[return-value]
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 class RowRandom:
     """Draws for the rows of one update, each row from a generator of its own.
 
-    A row's numbers depend on (seed, step, row) alone, so they stay the same whatever worker computes the row and however
-    many workers there are: that is what makes a resumed or resized run exact. Draws are made on the CPU, in the order of
-    the calls, and moved to `device`.
+    A row's numbers depend on (seed, step, row) alone, so they stay the same whatever worker computes the row and
+    however many workers there are: that is what makes a resumed or resized run exact. Draws are made on the CPU, in the
+    order of the calls, and moved to `device`.
 
     Args:
         seed: seed of the run.

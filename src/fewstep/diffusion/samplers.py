@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def ddim(
     """
     indices = step_indices(num_inference_steps, num_train_timesteps=schedule.num_train_timesteps)
     z = z.float()
-    for step, (t, s) in enumerate(zip(indices[:-1], indices[1:], strict=True)):
+    for step, (t, s) in enumerate(pairwise(indices)):
         index = torch.full((z.shape[0],), t, dtype=torch.int64, device=z.device)
         alpha_t, sigma_t = schedule.alpha_sigma(index, ndim=z.ndim)
         alpha_s, sigma_s = schedule.alpha_sigma(torch.full_like(index, s), ndim=z.ndim)

@@ -36,7 +36,14 @@ class NoiseSchedule:
         Raises:
             ModelError: the configuration is not that of a variance-preserving beta schedule.
         """
-        known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        known = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "rescale_betas_zero_snr",
+        )
         if "num_train_timesteps" not in config or not ("beta_schedule" in config or config.get("trained_betas")):
             raise ModelError(
                 f"the scheduler configuration ({config.get('_class_name', 'no class name')}) names no beta schedule: "

@@ -14,8 +14,8 @@ class AutoencoderObjective:
     """Reconstruction of a picture from its latents: L1 on pixels and on their differences, and a small KL term.
 
     The differences of neighbouring pixels keep edges sharp where L1 alone leaves them soft; no adversary is needed for
-    flat drawings. Rombach et al. 2022 (§3.1) weigh the KL term as little, so that latents stay near a unit scale without
-    losing detail.
+    flat drawings. Rombach et al. 2022 (§3.1) weigh the KL term as little, so that latents stay near a unit scale
+    without losing detail.
 
     Args:
         vae: the network; trained in place.

@@ -102,7 +102,7 @@ def guided_relative_error(
     weights: Sequence[float],
     seed: int,
 ) -> dict[float, float]:
-    """Return, for each w, the relative error of the student's v̂ against the guided pair's, ‖Δv‖ / ‖v^w‖ in L2 over all rows.
+    """Return, for each w, the relative error of the student's v̂ against the guided pair's: ‖Δv‖ / ‖v^w‖, over all rows.
 
     Times are uniform over the indices; every w sees the same noise and times. For networks that output eps or x the
     error is converted to v (‖Δv‖² = (SNR + 1) ‖Δx‖²).
@@ -123,10 +123,11 @@ def guided_relative_error(
         to_v = output_weight("snr_plus_one", alpha, sigma, prediction_type)
         for w in weights:
             target = guided_model(teacher, text, null_embedding.to(text), w)(z, index).float()
-            embedding = guidance_embedding(torch.full((len(text),), w, device=text.device), student.config.time_cond_proj_dim)
+            embedding = guidance_embedding(
+                torch.full((len(text),), w, device=text.device), student.config.time_cond_proj_dim
+            )
             output = student(z.to(text.dtype), index, text, timestep_cond=embedding.to(text.dtype)).sample.float()
             target_v = to_velocity(target, z, alpha, sigma, prediction_type)
             sums[w][0] += float((to_v * (output - target).square()).sum())
             sums[w][1] += float(target_v.square().sum())
     return {w: (error / norm) ** 0.5 for w, (error, norm) in sums.items()}
-

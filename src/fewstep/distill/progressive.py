@@ -22,7 +22,8 @@ class ProgressiveObjective:
     """One rung of the halving ladder: N steps of the student imitate 2N steps of the teacher.
 
     i uniform in 1 … N; t = i/N, m = (i − 0.5)/N, s = (i − 1)/N on the shared grid; two teacher DDIM steps t → m → s
-    without gradients, in float32 and unclipped; the target is the output that takes the student from z_t to z_s at once.
+    without gradients, in float32 and unclipped; the target is the output that takes the student from z_t to z_s at
+    once.
 
     Args:
         teacher: w-conditioned U-Net of 2N steps (for the first rung, stage one's), frozen.

@@ -1,4 +1,4 @@
-"""Loss weights omega(lambda_t) of ||x − x̂||², by the names of Salimans & Ho's code, for networks that predict x, eps or v.
+"""Loss weights omega(lambda_t) of ||x − x̂||² for networks that predict x, eps or v, by the names of Salimans & Ho's code.
 
 At fixed z_t of a variance-preserving schedule ||Δeps||² = SNR ||Δx||² and ||Δv||² = (SNR + 1) ||Δx||², so a weight on
 the x error is a factor on the squared error of the network's own output. The factors below are written in alpha and
@@ -28,5 +28,7 @@ def output_weight(name: LossWeight, alpha: Tensor, sigma: Tensor, prediction_typ
     if prediction_type == "v_prediction":
         return {"x": s, "snr": a, "truncated_snr": torch.maximum(a, s), "snr_plus_one": torch.ones_like(a)}[name]
     if prediction_type == "epsilon":
-        return {"x": s / a, "snr": torch.ones_like(a), "truncated_snr": (s / a).clamp_min(1), "snr_plus_one": 1 / a}[name]
+        return {"x": s / a, "snr": torch.ones_like(a), "truncated_snr": (s / a).clamp_min(1), "snr_plus_one": 1 / a}[
+            name
+        ]
     return {"x": torch.ones_like(a), "snr": a / s, "truncated_snr": (a / s).clamp_min(1), "snr_plus_one": 1 / s}[name]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-#: Stable Diffusion's betas, rescaled to zero terminal SNR (Lin et al. 2023), so that sampling may start from pure noise.
+#: Stable Diffusion's betas, rescaled to zero terminal SNR (Lin et al. 2023): sampling may start from pure noise.
 SCHEDULER_CONFIG: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,

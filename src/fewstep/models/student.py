@@ -29,7 +29,9 @@ def guidance_embedding(w: Tensor, embedding_dim: int) -> Tensor:
         embedding_dim: the U-Net's `time_cond_proj_dim`.
     """
     half = embedding_dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10000.0) / (half - 1)))
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10000.0) / (half - 1))
+    )
     angles = (w.float() * 1000.0)[:, None] * frequencies[None, :]
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))

@@ -235,3 +235,7 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
     with open_workplace(loaded) as workplace:
         files = evaluate_models(loaded, workplace.storage, workplace.tracker, students=students, out=out)
     click.echo(str(files.html))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,6 @@ class EncodeSettings(_Settings):
     """How pictures and captions become latents and text embeddings."""
 
     batch_size: int = Field(64, ge=1, description="pictures encoded at once")
-    max_samples: int | None = Field(None, ge=1, description="samples taken at most; null takes all")
 
 
 class TeacherStage(_Settings):
@@ -128,6 +127,10 @@ class Recipe(_Settings):
                 raise ValueError(
                     f"stages has {stage}, but its settings are missing: add the key {key}, or drop the stage"
                 )
+        if "register" in self.stages and "evaluate" not in self.stages:
+            raise ValueError(
+                "stages has register but not evaluate: the gate judges what evaluate measured; add evaluate"
+            )
         if "prepare" not in self.stages and self.data.train is None:
             raise ValueError("there are no shards: name them in data.train, or put prepare into stages")
         if self.teacher is None and "teacher" not in self.stages:

@@ -71,7 +71,8 @@ def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Pat
     del record["uri"]  # where it lies is where it is read from
     storage.write_json(join(artifact.uri, DONE), record)
     logger.info("%s: done in %.0f s", name, usage.seconds)
-    return artifact
+    # As every later process will see it.
+    return Artifact(uri=artifact.uri, **storage.read_json(join(artifact.uri, DONE)))
 
 
 def _show(name: StageName, recipe: Recipe, storage: Storage, out: Path) -> None:

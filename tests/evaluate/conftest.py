@@ -15,7 +15,7 @@ from fewstep.models import TextToImageParts, make_student
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.tiny import tiny_teacher
+from tiny import tiny_teacher
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from fewstep.train.cluster import local_ray
 from fewstep.train.settings import ClusterSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # for `toy_training`
+
+
+# Ray gives its workers niceness 15: on a busy machine the tests would wait for minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import openai
 import pytest
 from PIL import Image
 from ray import serve
-from tests.tiny import tiny_student_folder
+from tiny import tiny_student_folder
 
 from fewstep.errors import FewstepError, ModelError
 from fewstep.serve.server import APPLICATION, RunningServer, run_server

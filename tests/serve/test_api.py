@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import tiny_student_folder
+from tiny import tiny_student_folder
 
 from fewstep.errors import RecipeError
 from fewstep.models import load_parts, read_student_info

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.tiny import tiny_student_folder, tiny_teacher_folder
+from tiny import tiny_student_folder, tiny_teacher_folder
 
 from fewstep.errors import ModelError, SamplingError
 from fewstep.models import load_parts, read_student_info

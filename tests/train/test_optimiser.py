@@ -71,7 +71,7 @@ def test_ema_follows_its_formula() -> None:
         assert float(ema.state_dict()["weight"]) == pytest.approx(average, rel=1e-6)
     assert [ema.decay_at(k) for k in (0, 1, 100)] == [0.1, 2 / 11, 0.3]
     ema.copy_to(network)
-    assert float(network.weight) == pytest.approx(average, rel=1e-6)
+    assert network.weight.item() == pytest.approx(average, rel=1e-6)
 
 
 def test_ema_state_goes_round() -> None:

@@ -86,8 +86,9 @@ class ToyBatches:
             time.sleep(self.pause_s)
         if update == self.fail_at:
             raise DataError("too many broken samples: 7 of 10, more than max_broken_share=0.1; look at the shards")
-        if update == self.die_at and self.died_marker is not None and not Path(self.died_marker).exists():
-            Path(self.died_marker).touch()
+        if update == self.die_at and not (self.died_marker and Path(self.died_marker).exists()):
+            if self.died_marker:
+                Path(self.died_marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,23 +74,36 @@ def write_shards(
     shards: list[Shard] = []
     iterator = iter(samples)
     while chunk := list(itertools.islice(iterator, samples_per_shard)):
-        data = _tar(chunk)
-        shard_uri = join(uri, f"{len(shards):05d}.tar")
-        storage.write_bytes(shard_uri, data)
-        shards.append(Shard(shard_uri, len(chunk), len(data), hashlib.sha256(data).hexdigest()))
+        shards.append(write_shard(chunk, join(uri, f"{len(shards):05d}.tar"), storage=storage))
     if not shards:
         raise DataError(f"No samples were given for the shards in {uri}. Look at the filter and the source.")
     written = {shard.uri for shard in shards}
     for info in list(storage.list(uri)):
         if info.uri.endswith(".tar") and info.uri not in written:
             storage.delete(info.uri)
+    index = write_index(shards, uri, storage=storage)
+    storage.delete(marker)
+    return index
+
+
+def write_shard(samples: Iterable[Mapping[str, Any]], uri: str, *, storage: Storage) -> Shard:
+    """Writes the samples, as `write_shards` takes them, as the one tar `uri`. DataError when there are none."""
+    chunk = list(samples)
+    if not chunk:
+        raise DataError(f"No samples were given for the shard {uri}. Look at the filter and the source.")
+    data = _tar(chunk)
+    storage.write_bytes(uri, data)
+    return Shard(uri, len(chunk), len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_index(shards: Sequence[Shard], uri: str, *, storage: Storage) -> ShardIndex:
+    """Writes the ``index.json`` of shards that lie directly below `uri`; without it they do not count as written."""
     index = ShardIndex(tuple(shards))
     rows = [
         {"name": s.name, "num_samples": s.num_samples, "size_bytes": s.size_bytes, "sha256": s.fingerprint}
         for s in shards
     ]
     storage.write_json(join(uri, _INDEX), {"shards": rows, "digest": index.digest})
-    storage.delete(marker)
     return index
 
 

@@ -192,18 +192,23 @@ def iterate_samples(
     if counts.dataset_samples is None:
         counts.dataset_samples = known_samples(shards)
     for shard in shards:
-        reader, found = ShardReader(shard, storage), 0
-        for sample in reader:
-            found += 1
-            decoded = decode_sample(sample, decode, shard=shard, counts=counts)
-            if decoded is not None:
-                yield decoded
-        lost = lost_samples(shard, found=found, cut=reader.cut)
-        if lost:
-            counts.seen += lost
-            detail = reader.cut or f"{found} of {shard.num_samples} samples"
-            counts.lose(shard.uri, detail, samples=lost, of_shard=lost)
+        yield from iterate_shard(shard, storage=storage, decode=decode, counts=counts)
     counts.finish()
+
+
+def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: SampleCounts) -> Iterator[dict[str, Any]]:
+    """The decoded samples of one shard; a part of a pass, which its caller ends with ``counts.finish()``."""
+    reader, found = ShardReader(shard, storage), 0
+    for sample in reader:
+        found += 1
+        decoded = decode_sample(sample, decode, shard=shard, counts=counts)
+        if decoded is not None:
+            yield decoded
+    lost = lost_samples(shard, found=found, cut=reader.cut)
+    if lost:
+        counts.seen += lost
+        detail = reader.cut or f"{found} of {shard.num_samples} samples"
+        counts.lose(shard.uri, detail, samples=lost, of_shard=lost)
 
 
 def known_samples(shards: Sequence[Shard]) -> int | None:

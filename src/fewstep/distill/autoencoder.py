@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.diffusion.random import RowRandom
@@ -25,14 +25,16 @@ class AutoencoderObjective:
 
     def __init__(self, vae: AutoencoderKL, *, kl_weight: float = 1e-4, edge_weight: float = 1.0) -> None:
         self.network: nn.Module = _Reconstruction(vae)
+        self._latent_channels: int = vae.config["latent_channels"]
+        self._pixels_per_latent = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.kl_weight = kl_weight
         self.edge_weight = edge_weight
 
     def loss(self, network: nn.Module, batch: Batch, random: RowRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss over `batch["pixels"]`, uint8 (B, 3, H, W), and its parts."""
         pixels = batch["pixels"].float() / 127.5 - 1
-        latent_shape = self.network.latent_shape(pixels.shape)
-        reconstruction, mean, logvar = network(pixels, random.normal(*latent_shape[1:]))
+        height, width = (side // self._pixels_per_latent for side in pixels.shape[2:])
+        reconstruction, mean, logvar = network(pixels, random.normal(self._latent_channels, height, width))
         reconstruction, mean, logvar = reconstruction.float(), mean.float(), logvar.float()
         l1 = (reconstruction - pixels).abs().mean()
         edges = (_difference(reconstruction, -1) - _difference(pixels, -1)).abs().mean()
@@ -57,11 +59,6 @@ class _Reconstruction(nn.Module):
         posterior = self.vae.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * noise
         return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
-
-    def latent_shape(self, pixel_shape: torch.Size) -> tuple[int, int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        batch, _, height, width = pixel_shape
-        return batch, self.vae.config.latent_channels, height // factor, width // factor
 
 
 def _difference(x: Tensor, dim: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import PredictionType, to_velocity
@@ -124,7 +124,7 @@ def guided_relative_error(
         for w in weights:
             target = guided_model(teacher, text, null_embedding.to(text), w)(z, index).float()
             embedding = guidance_embedding(
-                torch.full((len(text),), w, device=text.device), student.config.time_cond_proj_dim
+                torch.full((len(text),), w, device=text.device), student.config["time_cond_proj_dim"]
             )
             output = student(z.to(text.dtype), index, text, timestep_cond=embedding.to(text.dtype)).sample.float()
             target_v = to_velocity(target, z, alpha, sigma, prediction_type)

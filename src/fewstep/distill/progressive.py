@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.grid import step_index
@@ -70,7 +70,7 @@ class ProgressiveObjective:
         w = random.uniform(self.w_min, self.w_max)
         self._half_steps = self._half_steps.to(x.device)
         t, m, s = (self._half_steps[2 * i - back] for back in (0, 1, 2))
-        w_embedding = guidance_embedding(w, self.teacher.config.time_cond_proj_dim).to(text.dtype)
+        w_embedding = guidance_embedding(w, self.teacher.config["time_cond_proj_dim"]).to(text.dtype)
 
         at_t, at_m, at_s = (self.schedule.alpha_sigma(index) for index in (t, m, s))
         z_t = at_t[0] * x + at_t[1] * eps

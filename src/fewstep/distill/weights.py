@@ -1,4 +1,4 @@
-"""Loss weights omega(lambda_t) of ||x − x̂||² for networks that predict x, eps or v, by the names of Salimans & Ho's code.
+"""Loss weights omega(lambda_t) of ||x − x̂||² for networks that predict x, eps or v, named as in Salimans & Ho's code.
 
 At fixed z_t of a variance-preserving schedule ||Δeps||² = SNR ||Δx||² and ||Δv||² = (SNR + 1) ||Δx||², so a weight on
 the x error is a factor on the squared error of the network's own output. The factors below are written in alpha and

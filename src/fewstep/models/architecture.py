@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -131,8 +131,10 @@ class TeacherArchitecture(BaseModel):
             bpe.model.save(folder)
             vocabulary = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
             merges = (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        # transformers says list[str], and takes pairs.
+        pairs: list[Any] = [tuple(line.split(" ")) for line in merges]
         return CLIPTokenizer(
             vocab=vocabulary,
-            merges=[tuple(line.split(" ")) for line in merges],
+            merges=pairs,
             model_max_length=self.max_prompt_tokens,
         )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep.diffusion.prediction import PredictionType, check_prediction_type
@@ -40,6 +42,10 @@ class TextToImageParts:
         )
 
     @property
+    def _networks(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.vae, self.text_encoder, self.unet
+
+    @property
     def device(self) -> torch.device:
         """Device of the U-Net."""
         return self.unet.device
@@ -47,14 +53,14 @@ class TextToImageParts:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latents at the model's own resolution."""
-        size = self.unet.config.sample_size
+        size = self.unet.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        return self.vae.config.latent_channels, height, width
+        return self.vae.config["latent_channels"], height, width
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
     def resolution(self) -> int:
@@ -63,13 +69,14 @@ class TextToImageParts:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextToImageParts:
         """Move the networks; returns self."""
-        for network in (self.vae, self.text_encoder, self.unet):
-            network.to(device=device, dtype=dtype)
+        for network in self._networks:
+            # diffusers warns about every cast, also about one that changes nothing.
+            network.to(device) if dtype in (None, network.dtype) else network.to(device, dtype)
         return self
 
     def freeze(self) -> TextToImageParts:
         """Put the networks in evaluation mode without gradients; returns self."""
-        for network in (self.vae, self.text_encoder, self.unet):
+        for network in self._networks:
             network.eval().requires_grad_(False)
         return self
 
@@ -93,26 +100,28 @@ class TextToImageParts:
         """Return mean and standard deviation of the scaled latents of uint8 pictures (B, 3, H, W), float32."""
         x = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
         posterior = self.vae.encode(x).latent_dist
-        scale = self.vae.config.scaling_factor
+        scale = self.vae.config["scaling_factor"]
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures of scaled latents (B, C, h, w): uint8 (B, 3, H, W)."""
-        x = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
+        x = (latents / self.vae.config["scaling_factor"]).to(self.vae.device, self.vae.dtype)
         pixels = self.vae.decode(x).sample.float()
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """Return an unmodified StableDiffusionPipeline over these parts."""
+        # diffusers says that a pipeline has these two; None is how one is made without.
+        no_safety_checker: Any = None
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=DDIMScheduler.from_config(self.scheduler_config),
-            safety_checker=None,
-            feature_extractor=None,
+            safety_checker=no_safety_checker,
+            feature_extractor=no_safety_checker,
             requires_safety_checker=False,
         )
 
@@ -159,9 +168,9 @@ def load_parts(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Tex
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the model folder {folder} cannot be read: {error}") from error
-    if parts.unet.config.in_channels != parts.vae.config.latent_channels:
+    taken, made = parts.unet.config["in_channels"], parts.vae.config["latent_channels"]
+    if taken != made:
         raise ModelError(
-            f"the U-Net of {folder} takes {parts.unet.config.in_channels} channels but its VAE has "
-            f"{parts.vae.config.latent_channels}: text-to-image needs the two equal"
+            f"the U-Net of {folder} takes {taken} channels but its VAE has {made}: text-to-image needs the two equal"
         )
     return parts.freeze()

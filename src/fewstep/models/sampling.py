@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 from fewstep.diffusion.guidance import guide
@@ -26,7 +26,8 @@ def guided_model(unet: UNet2DConditionModel, conditional: Tensor, unconditional:
 
     def model(z: Tensor, index: Tensor) -> Tensor:
         output = unet(torch.cat([z, z]).to(unet.dtype), torch.cat([index, index]), embeddings).sample
-        return guide(*output.chunk(2), w)
+        with_prompt, without = output.chunk(2)
+        return guide(with_prompt, without, w)
 
     return model
 
@@ -40,7 +41,7 @@ def student_model(unet: UNet2DConditionModel, conditional: Tensor, w: Tensor | f
         w: guidance weight, a number or (B,).
     """
     weights = w if isinstance(w, Tensor) else torch.full((conditional.shape[0],), w, device=conditional.device)
-    embedding = guidance_embedding(weights, unet.config.time_cond_proj_dim).to(unet.dtype)
+    embedding = guidance_embedding(weights, unet.config["time_cond_proj_dim"]).to(unet.dtype)
 
     def model(z: Tensor, index: Tensor) -> Tensor:
         return unet(z.to(unet.dtype), index, conditional, timestep_cond=embedding).sample

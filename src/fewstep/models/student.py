@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 from fewstep.errors import ModelError, SamplingError
@@ -46,17 +46,18 @@ def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int = 256) -> 
     Raises:
         ModelError: the teacher already takes a guidance weight.
     """
-    if teacher.config.time_cond_proj_dim is not None:
+    conditioned = teacher.config["time_cond_proj_dim"]
+    if conditioned is not None:
         raise ModelError(
-            "the teacher is already conditioned on w (its U-Net has time_cond_proj_dim="
-            f"{teacher.config.time_cond_proj_dim}): stage one needs a model that is sampled with classifier-free guidance"
+            f"the teacher is already conditioned on w (its U-Net has time_cond_proj_dim={conditioned}): "
+            "stage one needs a model that is sampled with classifier-free guidance"
         )
     config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
     student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": embedding_dim})
     state = dict(teacher.state_dict())
     state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
     student.load_state_dict(state)
-    return student.to(device=teacher.device, dtype=teacher.dtype).train()
+    return _like(student, teacher).train()
 
 
 def copy_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -64,7 +65,12 @@ def copy_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     copy = UNet2DConditionModel.from_config(config)
     copy.load_state_dict(unet.state_dict())
-    return copy.to(device=unet.device, dtype=unet.dtype).requires_grad_(True).train()
+    return _like(copy, unet).requires_grad_(True).train()
+
+
+def _like(network: UNet2DConditionModel, other: UNet2DConditionModel) -> UNet2DConditionModel:
+    # diffusers warns about every cast, also about one that changes nothing.
+    return network.to(other.device) if network.dtype == other.dtype else network.to(other.device, other.dtype)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,14 +12,12 @@ import torch
 
 from fewstep.data.latents import latent_sample
 from fewstep.data.pictures import decode_picture
-from fewstep.data.shards import read_index, write_shards
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.shards import Shard, read_index, write_index, write_shard
+from fewstep.data.source import SampleCounts, iterate_shard
 from fewstep.models import TextToImageParts, load_parts
 from fewstep.stages.context import StageContext
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
-
-_SAMPLES_PER_SHARD = 500
 
 
 def encode(context: StageContext) -> dict[str, Any]:
@@ -34,9 +33,7 @@ def encode(context: StageContext) -> dict[str, Any]:
             parts=parts,
             storage=context.storage,
             batch_size=recipe.encode.batch_size,
-            max_samples=recipe.encode.max_samples,
             max_bad_share=recipe.stream.max_bad_share,
-            min_shards=recipe.stream.num_streams,
             with_text=True,
             label=f"encode {split}",
         )
@@ -53,41 +50,56 @@ def encode_shards(
     parts: TextToImageParts,
     storage: Storage,
     batch_size: int,
-    max_samples: int | None,
     max_bad_share: float,
-    min_shards: int,
     with_text: bool,
     label: str,
 ) -> dict[str, Any]:
     """Write the latent shards of picture shards and return digest, number of samples and what was skipped.
 
+    One latent shard for every picture shard. Each leaves a record when it is written, so that a run that was killed
+    goes on at the next one; the index comes last.
+
     Args:
         source, target: URIs of the picture shards and of the latent shards.
         parts: VAE, and text encoder when `with_text`.
-        min_shards: shards to make at least, so that every stream of the training has one.
+        batch_size: pictures encoded at once.
+        max_bad_share: share of broken samples above which it is an error.
+        with_text: whether text embeddings are stored beside the latents.
+        label: for the progress.
+
+    Raises:
+        DataError: more samples than allowed are broken, or a shard has no sample that can be used.
     """
     index = read_index(source, storage=storage)
-    counts = SampleCounts(max_bad_share)
-    samples = iterate_samples(
-        index.shards,
-        storage=storage,
-        decode=partial(decode_picture, resolution=parts.resolution),
-        counts=counts,
-    )
-    total = index.num_samples if max_samples is None else min(max_samples, index.num_samples or max_samples)
-    per_shard = min(_SAMPLES_PER_SHARD, max(1, (total or _SAMPLES_PER_SHARD * min_shards) // min_shards))
-    with Progress(label, total, "images") as progress:
-        written = write_shards(
-            _encoded(islice(samples, max_samples), parts, batch_size, with_text, progress),
-            target,
-            samples_per_shard=per_shard,
-            storage=storage,
-        )
+    counts = SampleCounts(max_bad_share, index.num_samples)
+    decode = partial(decode_picture, resolution=parts.resolution)
+    written: list[Shard] = []
+    with Progress(label, index.num_samples, "images") as progress:
+        for number, shard in enumerate(index.shards):
+            uri = join(target, f"{number:05d}.tar")
+            record_uri = join(target, "records", f"{number:05d}.json")
+            if storage.exists(record_uri):
+                record = storage.read_json(record_uri)
+                counts.seen += record["seen"]
+                for reason, count in record["skipped"].items():
+                    counts.skipped[reason] = counts.skipped.get(reason, 0) + count
+                written.append(Shard(uri, **record["shard"]))
+                progress.advance(record["seen"])
+                continue
+            before = counts.copy()
+            samples = iterate_shard(shard, storage=storage, decode=decode, counts=counts)
+            encoded = write_shard(_encoded(samples, parts, batch_size, with_text, progress), uri, storage=storage)
+            written.append(encoded)
+            skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
+            facts = {key: value for key, value in asdict(encoded).items() if key != "uri"}
+            storage.write_json(record_uri, {"shard": facts, "seen": counts.seen - before.seen, "skipped": skipped})
+        counts.finish()
+    latents = write_index(written, target, storage=storage)
     return {
-        "digest": written.digest,
+        "digest": latents.digest,
         "source_digest": index.digest,
-        "num_samples": written.num_samples,
-        "num_shards": len(written.shards),
+        "num_samples": latents.num_samples,
+        "num_shards": len(written),
         "skipped": dict(counts.skipped),
     }
 

@@ -85,7 +85,7 @@ def _compare(context: StageContext, students: Mapping[int, Path]) -> Comparison:
     storage, settings = context.storage, context.recipe.evaluate
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_parts(context.teacher_folder()).to(device)
-    networks = {steps: load_parts(folder).unet.to(device) for steps, folder in students.items()}
+    networks = {steps: load_parts(folder).to(device).unet for steps, folder in students.items()}
     real, prompts = _read(storage, context.shards("evaluate"), teacher.resolution)
     features = Lite0Features(num_threads=settings.num_threads)
     unseen = _read(storage, context.shards("alignment"), teacher.resolution)

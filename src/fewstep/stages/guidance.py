@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from torch import nn
 
 from fewstep.data.latents import decode_latents

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.data.pictures import decode_picture
@@ -35,7 +35,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
     settings = recipe.train_teacher
     assert settings is not None
     shards = context.shards("train")
-    common = {"storage": context.storage, "stream": recipe.stream, "seed": recipe.seed}
+    common: dict[str, Any] = {"storage": context.storage, "stream": recipe.stream, "seed": recipe.seed}
 
     vae = _train(
         context,
@@ -67,9 +67,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
             parts=parts,
             storage=context.storage,
             batch_size=recipe.encode.batch_size,
-            max_samples=recipe.encode.max_samples,
             max_bad_share=recipe.stream.max_bad_share,
-            min_shards=recipe.stream.num_streams,
             with_text=False,
             label="encode for the teacher",
         )
@@ -125,7 +123,8 @@ def _make_blank(context: StageContext, settings: TeacherStage, vae_uri: str, bla
     vae = AutoencoderKL.from_pretrained(str(fetch_model(vae_uri, storage=context.storage)))
     resolution = settings.autoencoder.resolution
     index = read_index(shards, storage=context.storage)
-    captions, pixels = [], []
+    captions: list[str] = []
+    pixels: list[Tensor] = []
     decode = partial(decode_picture, resolution=resolution)
     for sample in iterate_samples(index.shards, storage=context.storage, decode=decode):
         captions.append(sample["caption"])

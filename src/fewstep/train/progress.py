@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -41,7 +42,7 @@ class ProgressPrinter:
         self._line_every_s = line_every_s
         self._start: tuple[float, int] | None = None
         self._latest = -1
-        self._line_at_s = 0.0
+        self._line_at_s = -math.inf
         self._bar: tqdm | None = None
 
     def show(self, updates_done: int, figures: dict[str, float]) -> None:
@@ -72,7 +73,10 @@ class ProgressPrinter:
             self._bar.close()
 
     def _facts(self, updates_per_s: float | None, figures: dict[str, float]) -> list[str]:
-        facts = [] if updates_per_s is None else [f"{updates_per_s * self.samples_per_update:.3g} images/s"]
+        facts = []
+        if updates_per_s is not None:
+            images_per_s = updates_per_s * self.samples_per_update
+            facts.append(f"{images_per_s:.0f} images/s" if images_per_s >= 10 else f"{images_per_s:.1f} images/s")
         return facts + ([f"loss {figures['loss']:.4g}"] if "loss" in figures else [])
 
     def _show_bar(self, updates_done: int, updates_per_s: float | None, figures: dict[str, float]) -> None:

@@ -190,14 +190,17 @@ def _in_words(error: Exception, job: TrainJob, *, uri: str, cluster: ClusterSett
     for failure in failures:
         if isinstance(failure, FewstepError):
             return failure
-    if failures and all(isinstance(failure, RayError) for failure in failures):
-        return FewstepError(
-            f"{job.name}: a worker died more than cluster.max_failures={cluster.max_failures} times "
-            f"({_last_line(failures[0])}). The usual reason is memory: a smaller global_batch_size, or more workers. "
-            f"The last checkpoint is in {checkpoints}; the same command goes on from there"
-        )
     for failure in failures:
-        if isinstance(failure, OSError):
+        # The workers that lost a peer report a broken connection; what counts is the one that died.
+        death = getattr(failure, "health_check_failure", failure)
+        if isinstance(death, RayError):
+            return FewstepError(
+                f"{job.name}: a worker died more than cluster.max_failures={cluster.max_failures} times "
+                f"({_last_line(death)}). The usual reason is memory: try a smaller global_batch_size or more workers. "
+                f"The last checkpoint is in {checkpoints}; the same command goes on from there"
+            )
+    for failure in failures:
+        if isinstance(failure, OSError) and "AWS Error" in str(failure):
             return StorageError(
                 f"{job.name}: a checkpoint could not be stored in {checkpoints}: {_last_line(failure)}. "
                 "Check that the store answers and has room; the same command goes on from the last checkpoint"

@@ -1,0 +1,167 @@
+"""`fewstep bench`: the command line of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import click
+from pydantic import BaseModel, ValidationError
+
+from fewstep.errors import FewstepError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _PlainErrors(click.Group):
+    """Shows errors that a user can mend as one line, with status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FewstepError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_PlainErrors)
+def bench() -> None:
+    """Measure training and sampling on this machine, against the bare network calls and the device's own speed."""
+
+
+def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            show_default=True,
+            help="auto: the recipe's; otherwise bfloat16 on a GPU, float32 on a CPU.",
+        ),
+        click.option("--batch-size", type=int, help="Pictures at once.  [default: the recipe's, or a usual one]"),
+        click.option(
+            "--resolution", type=int, default=512, show_default=True, help="Side in pixels, for --shape sd15."
+        ),
+        click.option("--rounds", type=int, default=5, show_default=True, help="Comparisons; figures are medians."),
+        click.option("--channels-last", is_flag=True, help="Keep convolutions as NHWC."),
+        click.option("--compile", is_flag=True, help="torch.compile the networks."),
+        click.option("--tf32", is_flag=True, help="TF32 for float32 products, on a GPU."),
+        click.option("--cudnn-benchmark", is_flag=True, help="Let cuDNN look for its fastest kernels, on a GPU."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@bench.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--shape",
+    type=click.Choice(["recipe", "sd15"]),
+    help="sd15: Stable Diffusion 1.5 with random weights, no download.  [default: recipe]",
+)
+@click.option("--stage", type=click.Choice(["guidance", "progressive"]), default="guidance", show_default=True)
+@click.option(
+    "--updates", type=int, default=10, show_default=True, help="Measured updates of each round; an even number."
+)
+@click.option("--dry", is_flag=True, help="Only count the FLOPs of one picture; needs no GPU and no memory.")
+@_speed_options
+def train(recipe: Path | None, shape: str | None, dry: bool, as_json: bool, **options: Any) -> None:
+    """Measure the training loop with the network of RECIPE, or of --shape sd15.
+
+    The batches are the recipe's own latent shards if its encode stage has run; otherwise they are made in memory.
+
+    Example: fewstep bench train workflows/recipes/demo.yaml
+    """
+    from fewstep.bench.settings import TrainBenchSettings
+    from fewstep.bench.train import bench_train, count_train
+    from fewstep.recipe import load_recipe
+
+    _one_of(recipe, shape, what="a RECIPE")
+    settings = _settings(TrainBenchSettings, options)
+    loaded = None if recipe is None else load_recipe(recipe)
+    if dry:
+        _show(count_train(settings, recipe=loaded), as_json)
+    else:
+        _show(bench_train(settings, recipe=loaded, command=_command()), as_json)
+
+
+@bench.command()
+@click.argument("model", required=False)
+@click.option("--shape", type=click.Choice(["sd15"]), help="Stable Diffusion 1.5 with random weights, no download.")
+@click.option("--steps", "num_inference_steps", type=int, help="Steps.  [default: the student's own, or 4]")
+@click.option(
+    "--teacher-steps", type=int, default=50, show_default=True, help="Guided steps of the teacher beside it; 0: none."
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Recipe whose store and MLflow s3:// and models:/ mean.  [default: the embedded ones in $FEWSTEP_HOME]",
+)
+@_speed_options
+def sample(model: str | None, shape: str | None, recipe: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure sampling with MODEL, a student or a teacher, or with --shape sd15.
+
+    Example: fewstep bench sample asset:emoji-student-4 --batch-size 1
+    """
+    from fewstep.bench.sample import bench_sample
+    from fewstep.bench.settings import SampleBenchSettings
+    from fewstep.recipe import load_recipe
+    from fewstep.workplace import open_model
+
+    _one_of(model, shape, what="a MODEL")
+    settings = _settings(SampleBenchSettings, options)
+    if model is None:
+        _show(bench_sample(settings, command=_command()), as_json)
+        return
+    with open_model(model, None if recipe is None else load_recipe(recipe)) as folder:
+        _show(bench_sample(settings, model=folder, name=model, command=_command()), as_json)
+
+
+@bench.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--into", type=click.Path(path_type=Path), default=Path("docs/benchmarks.md"), show_default=True)
+def table(results: tuple[Path, ...], into: Path) -> None:
+    """Write RESULTS, files of what --json printed, as a table into the marked section of a Markdown page."""
+    from fewstep.bench.result import read_result, write_benchmarks_table
+
+    write_benchmarks_table([read_result(file) for file in results], into)
+    click.echo(str(into))
+
+
+class _Result(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
+
+    def table(self) -> str: ...
+
+
+def _show(result: _Result, as_json: bool) -> None:
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else result.table())
+
+
+def _one_of(named: Path | str | None, shape: str | None, *, what: str) -> None:
+    if named is None and shape != "sd15":
+        raise click.UsageError(f"Name {what}, or take --shape sd15.")
+    if named is not None and shape == "sd15":
+        raise click.UsageError(f"--shape sd15 has its own networks: leave out {named}.")
+
+
+def _settings(kind: type[Settings], options: dict[str, Any]) -> Settings:
+    names = ("channels_last", "compile", "tf32", "cudnn_benchmark")
+    tuning = {name: options.pop(name) for name in names}
+    try:
+        return kind.model_validate({**options, "tuning": tuning})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0]).replace("_", "-")
+        raise FewstepError(f"--{name} {fault['input']}: {fault['msg']}") from error
+
+
+def _command() -> str:
+    return " ".join(["fewstep", *(shlex.quote(word) for word in sys.argv[1:])])

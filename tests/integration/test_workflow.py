@@ -1,0 +1,216 @@
+"""The main job end to end with a tiny teacher: real S3, Ray, MLflow and HTTP; skipped when done, resumed when killed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diffusers import StableDiffusionPipeline
+from openai import BadRequestError, OpenAI
+from PIL import Image
+from tiny import tiny_teacher_folder
+
+from fewstep.recipe import Recipe, parse_recipe
+from fewstep.stages import Artifact, find_artifact
+from fewstep.storage import Storage
+from fewstep.tracking.registry import Registry
+from fewstep.tracking.settings import TrackingSettings
+from fewstep.tracking.tracker import Tracker
+from fewstep.workflow import run_stage, run_workflow
+from fewstep.workplace import Workplace
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def tiny_recipe(teacher: Path, *, name: str, **changes: Any) -> dict[str, Any]:
+    train = {"global_batch_size": 16, "learning_rate": 1e-3, "checkpoint_every": 4, "log_every": 2}
+    return {
+        "name": name,
+        "stages": ["prepare", "encode", "guidance", "progressive", "evaluate", "register"],
+        "teacher": str(teacher),
+        "prepare": {
+            "resolution": 16,
+            "num_train": 96,
+            "num_evaluate": 48,
+            "num_alignment": 48,
+            "samples_per_shard": 24,
+            "categories": ["food-and-drink"],
+        },
+        "stream": {"num_streams": 4},
+        "cluster": {"num_cpus": 2, "cpus_per_worker": 1},
+        "guidance": {"embedding_dim": 16, "num_validation": 16, "train": {**train, "updates": 8}},
+        "progressive": {"ladder": [2, 1], "train": {**train, "updates": 4}},
+        "evaluate": {
+            "num_prompts": 40,
+            "steps": [2, 1],
+            "num_bootstrap": 100,
+            "reference_steps": 4,
+            "guidance_scale": 3.0,
+            "num_threads": 1,
+        },
+        "register": {"name": name, "num_inference_steps": 2, "gate": {"max_kid_ratio": 100, "min_num_images": 10}},
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_teacher_folder(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher: Path) -> Recipe:
+    content = tiny_recipe(teacher, name="tiny-workflow")
+    # An untrained scorer on an untrained teacher may align below zero, which the gate would refuse.
+    content["register"]["gate"]["min_alignment_ratio"] = None
+    return parse_recipe(content)
+
+
+@pytest.fixture(scope="module")
+def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    settings = TrackingSettings(uri=f"sqlite:///{database}", experiment="tiny-workflow")
+    return Workplace(storage, Tracker.open(settings, storage))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def artifacts(recipe: Recipe, workplace: Workplace, out: Path, ray_cluster: None) -> dict[Any, Artifact]:
+    return run_workflow(recipe, workplace, out=out)
+
+
+def test_every_stage_leaves_an_artifact(artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace) -> None:
+    assert list(artifacts) == list(recipe.stages)
+    for name, artifact in artifacts.items():
+        assert find_artifact(recipe, workplace.storage, name) == artifact
+        assert artifact.seconds > 0
+        assert artifact.peak_memory_bytes > 2**20
+
+
+def test_report_has_the_promised_fields(artifacts: dict[Any, Artifact], out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    rows = {(row["method"], row["num_inference_steps"]): row for row in report["results"]}
+    assert {("teacher", 4), ("ddim", 2), ("ddim", 1), ("dpmpp", 2), ("student", 2), ("student", 1)} <= set(rows)
+    assert rows[("teacher", 4)]["network_evaluations"] == 8
+    assert rows[("student", 2)]["network_evaluations"] == 2
+    for row in rows.values():
+        for metric in ("kid_lite0_to_real", "fd_lite0_to_real", "paired_mse", "seconds_per_image"):
+            assert row[metric] is not None
+            low, high = row[f"{metric}_ci"]
+            assert low <= high
+    assert {stage["name"] for stage in report["stages"]} == {"prepare", "encode", "guidance", "progressive"}
+    assert (out / "report.html").read_text().startswith("<!")
+    assert Image.open(out / "samples.png").width > 100
+
+
+def test_registered_student_is_a_plain_diffusers_folder(
+    artifacts: dict[Any, Artifact], workplace: Workplace, recipe: Recipe
+) -> None:
+    models = artifacts["register"].facts["models"]
+    assert models["tiny-workflow"]["alias"] == "champion", models
+    registry = Registry(workplace.tracker)
+    version = registry.get("models:/tiny-workflow@champion")
+    assert version.num_inference_steps == 2
+    pipe = StableDiffusionPipeline.from_pretrained(str(registry.download_model(version.uri)))
+    calls: list[int] = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a red apple", num_inference_steps=2, guidance_scale=3.0)
+    assert len(calls) == 2
+
+
+def test_mlflow_has_parent_and_children_with_figures(
+    artifacts: dict[Any, Artifact], workplace: Workplace, recipe: Recipe
+) -> None:
+    client, experiment = workplace.tracker.client, workplace.tracker.experiment_id
+    runs = client.search_runs([experiment], max_results=100)
+    by_name = {run.info.run_name: run for run in runs}
+    assert {"tiny-workflow", "guidance", "progressive", "progressive 2 steps", "progressive 1 step"} <= set(by_name)
+    parent = by_name["tiny-workflow"].info.run_id
+    assert by_name["guidance"].data.tags["mlflow.parentRunId"] == parent
+    figures = by_name["guidance"].data.metrics
+    assert {"loss", "images_per_second", "data_wait_share", "grad_norm", "relative_error"} <= set(figures)
+    assert all(run.info.status == "FINISHED" for run in runs)
+
+
+def test_second_run_skips_everything_and_brings_the_report_back(
+    artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    assert run_workflow(recipe, workplace, out=tmp_path) == artifacts
+    assert time.monotonic() - started < 10
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_registered_student_answers_over_http(
+    artifacts: dict[Any, Artifact], workplace: Workplace, recipe: Recipe, storage: Storage
+) -> None:
+    from fewstep.serve.server import run_server
+    from fewstep.serve.settings import ServeSettings
+
+    settings = ServeSettings(models=("models:/tiny-workflow@champion",), port=0, num_cpus=0.1, num_threads=1)
+    server = run_server(settings, storage=storage, tracking=workplace.tracker.settings, name="tiny-workflow")
+    try:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        answer = client.images.generate(prompt="a red apple", n=2, extra_body={"seed": 3})
+        pictures = [Image.open(io.BytesIO(base64.b64decode(data.b64_json))) for data in answer.data]
+        assert [picture.size for picture in pictures] == [(16, 16), (16, 16)]
+        with pytest.raises(BadRequestError, match="num_inference_steps"):
+            client.images.generate(prompt="a red apple", extra_body={"num_inference_steps": 3})
+    finally:
+        server.stop()
+
+
+def test_a_stage_before_its_turn_names_the_missing_one(teacher: Path, workplace: Workplace, tmp_path: Path) -> None:
+    from fewstep.errors import FewstepError
+
+    recipe = parse_recipe({**tiny_recipe(teacher, name="tiny-early"), "seed": 99})
+    with pytest.raises(FewstepError, match="stage prepare of recipe tiny-early has not finished"):
+        run_stage("encode", recipe, workplace, out=tmp_path)
+
+
+def test_killed_workflow_goes_on_where_it_was(teacher: Path, tmp_path: Path) -> None:
+    """kill -9 of the whole command in the middle of stage two; the same command then does only what is left."""
+    content = tiny_recipe(teacher, name="tiny-killed", stages=["prepare", "encode", "guidance", "progressive"])
+    content["progressive"]["train"]["updates"] = 60
+    del content["register"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    environment = {**os.environ, "FEWSTEP_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "fewstep.cli", "run", "recipe.yaml"]
+
+    log = tmp_path / "first.log"
+    with log.open("w") as output:
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=output, stdout=output)
+        _wait_for(log, "2 steps", first)
+        time.sleep(3)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+
+    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert second.returncode == 0, second.stderr
+    for stage in ("prepare", "encode", "guidance"):
+        assert f"{stage}: done already" in second.stderr
+    assert "progressive: done in" in second.stderr
+
+
+def _wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)

@@ -175,22 +175,20 @@ def sample(
 @main.command()
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--half", is_flag=True, help="Store the weights as float16, half the size.")
+@click.option("--on", "base", metavar="NAME", help="Leave out what asset:NAME has: the U-Net alone is left, to ship.")
 @_RECIPE_OPTION
 @_plain_errors
-def export(model: str, folder: Path, recipe: Path | None) -> None:
+def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path | None) -> None:
     """Write MODEL to FOLDER as a plain diffusers folder, which StableDiffusionPipeline.from_pretrained reads.
 
     Example: fewstep export models:/fewstep-demo@champion my-student
     """
-    import shutil
-
-    from fewstep.errors import ModelError
+    from fewstep.models.export import export_model
     from fewstep.workplace import open_model
 
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty: name a new folder, so that nothing in it is mixed up or lost")
     with open_model(model, _recipe(recipe)) as source:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        export_model(source, folder, half=half, base=base)
     click.echo(str(folder))
 
 
@@ -235,6 +233,15 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
     with open_workplace(loaded) as workplace:
         files = evaluate_models(loaded, workplace.storage, workplace.tracker, students=students, out=out)
     click.echo(str(files.html))
+
+
+@main.command()
+@_plain_errors
+def keys() -> None:
+    """List every key of a recipe with its default and meaning (Markdown)."""
+    from fewstep.recipe_keys import recipe_keys
+
+    click.echo(recipe_keys(), nl=False)
 
 
 if __name__ == "__main__":

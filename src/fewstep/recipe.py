@@ -44,12 +44,15 @@ class EncodeSettings(_Settings):
 
 
 class TeacherStage(_Settings):
-    """Training a teacher from nothing: a VAE, then U-Net and text encoder together."""
+    """Training a teacher from nothing, a VAE and then U-Net and text encoder together; or training a model on."""
 
+    init: str | None = Field(
+        None, description="MODEL to train on; its VAE and tokenizer stay; null begins from nothing"
+    )
     autoencoder: AutoencoderArchitecture = Field(
         default_factory=AutoencoderArchitecture, description="sizes of the VAE"
     )
-    autoencoder_train: TrainSettings = Field(description="training of the VAE")
+    autoencoder_train: TrainSettings | None = Field(None, description="training of the VAE, unless init is named")
     kl_weight: float = Field(1e-4, ge=0, description="weight of the VAE's KL term")
     edge_weight: float = Field(1.0, ge=0, description="weight of the VAE's loss on differences of neighbouring pixels")
     network: TeacherArchitecture = Field(
@@ -58,6 +61,14 @@ class TeacherStage(_Settings):
     train: TrainSettings = Field(description="training of U-Net and text encoder")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows trained without their caption")
     loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
+
+    @model_validator(mode="after")
+    def _check_begin(self) -> TeacherStage:
+        if (self.init is None) == (self.autoencoder_train is None):
+            raise ValueError(
+                "a teacher begins either from a model (init) or from nothing (autoencoder_train): name exactly one"
+            )
+        return self
 
 
 class GuidanceStage(GuidanceSettings):

@@ -17,7 +17,6 @@ import openai
 import pytest
 from PIL import Image
 from ray import serve
-from tiny import tiny_student_folder
 
 from fewstep.errors import FewstepError, ModelError
 from fewstep.serve.server import APPLICATION, RunningServer, run_server
@@ -26,6 +25,7 @@ from fewstep.storage import Storage
 from fewstep.tracking.registry import Registry
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
+from tiny import tiny_student_folder
 
 MAX_BATCH = 4
 

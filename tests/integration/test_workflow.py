@@ -18,7 +18,6 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from openai import BadRequestError, OpenAI
 from PIL import Image
-from tiny import tiny_teacher_folder
 
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact, find_artifact
@@ -28,6 +27,7 @@ from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_stage, run_workflow
 from fewstep.workplace import Workplace
+from tiny import tiny_teacher_folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

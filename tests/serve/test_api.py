@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_student_folder
 
 from fewstep.errors import RecipeError
 from fewstep.models import load_parts, read_student_info
@@ -19,6 +18,7 @@ from fewstep.serve.app import build
 from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
 from fewstep.serve.engine import Engine, Student, make_card
 from fewstep.serve.settings import ServeSettings
+from tiny import tiny_student_folder
 
 
 class LocalBackend:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_student_folder, tiny_teacher_folder
 
 from fewstep.errors import ModelError, SamplingError
 from fewstep.models import load_parts, read_student_info
@@ -17,6 +16,7 @@ from fewstep.serve.engine import Engine, Student, load_engine, load_student, mak
 from fewstep.serve.sample import sample_images
 from fewstep.serve.settings import ServeSettings
 from fewstep.tracking.settings import TrackingSettings
+from tiny import tiny_student_folder, tiny_teacher_folder
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def sample_pixels(
     text = parts.encode_prompts(prompts)
     w = w.to(parts.device)
     # `config` is put on the class by a decorator that type checkers cannot follow.
-    if parts.unet.config.time_cond_proj_dim is not None:  # type: ignore[attr-defined]
+    if parts.unet.config.time_cond_proj_dim is not None:
         model = student_model(parts.unet, text, w)
     else:
         model = guided_model(parts.unet, text, parts.encode_prompts([""]), w)

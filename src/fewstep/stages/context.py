@@ -146,6 +146,22 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     return digest(inputs)
 
 
+def autoencoder_fingerprint(recipe: Recipe) -> str:
+    """Return a digest of what the teacher's VAE depends on."""
+    settings = recipe.train_teacher
+    assert settings is not None
+    assert settings.autoencoder_train is not None
+    return digest(
+        {
+            "settings": _dump(settings.autoencoder),
+            "train": settings.autoencoder_train.of_the_weights(),
+            "weights": [settings.kl_weight, settings.edge_weight],
+            "data": _data(recipe),
+            "seed": recipe.seed,
+        }
+    )
+
+
 def rung_fingerprint(recipe: Recipe, num_inference_steps: int) -> str:
     """Return a digest of one rung and all that it builds on; a change to a later rung leaves it as it is."""
     assert recipe.progressive is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fewstep.distill import AutoencoderObjective, DenoisingObjective, TextToImag
 from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, load_parts
 from fewstep.recipe import TeacherStage, digest
 from fewstep.stages.batches import latent_batches, picture_batches
-from fewstep.stages.context import StageContext, fingerprint
+from fewstep.stages.context import StageContext, autoencoder_fingerprint, fingerprint
 from fewstep.stages.encode import encode_shards
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -30,66 +31,91 @@ _LATENT_SAMPLES = 2048
 
 def teacher(context: StageContext) -> dict[str, Any]:
     """Train the VAE, encode the shards with it, then train U-Net and text encoder together; the artifact's export/ is a
-    diffusers folder."""
+    diffusers folder. With `init`, the model named there is trained on, and its VAE stays as it is."""
     recipe, uri = context.recipe, context.uri("teacher")
     settings = recipe.train_teacher
     assert settings is not None
     shards = context.shards("train")
-    common: dict[str, Any] = {"storage": context.storage, "stream": recipe.stream, "seed": recipe.seed}
-
-    vae = _train(
-        context,
-        TrainJob(
-            name="autoencoder",
-            fingerprint=digest([fingerprint(recipe, "teacher"), "autoencoder"]),
-            objective=partial(_autoencoder_objective, settings),
-            batches=partial(
-                picture_batches,
-                shards,
-                resolution=settings.autoencoder.resolution,
-                global_batch_size=settings.autoencoder_train.global_batch_size,
-                **common,
-            ),
-            export=_export_vae,
-            settings=settings.autoencoder_train,
-            seed=recipe.seed,
-        ),
-        join(uri, "autoencoder"),
+    facts: dict[str, Any] = {}
+    begin = join(uri, "begin")
+    if settings.init is not None:
+        _store_init(context, settings.init, begin)
+        latents = join(uri, "latents")
+    else:
+        # Named by its own settings and data alone: training the networks anew does not train the VAE again.
+        autoencoder_uri = join(context.storage.root, "autoencoder", autoencoder_fingerprint(recipe)[:16])
+        vae = _train_autoencoder(context, settings, shards, autoencoder_uri)
+        facts["autoencoder"] = vae.to_json()
+        _store_fresh(context, settings, vae.export_uri, begin, shards)
+        latents = join(autoencoder_uri, "latents")
+    parts = load_parts(fetch_model(begin, storage=context.storage)).to("cuda" if torch.cuda.is_available() else "cpu")
+    encode_shards(
+        shards,
+        latents,
+        parts=parts,
+        storage=context.storage,
+        batch_size=recipe.encode.batch_size,
+        max_bad_share=recipe.stream.max_bad_share,
+        with_text=False,
+        label="encode for the teacher",
     )
-    blank = join(uri, "blank")
-    _make_blank(context, settings, vae.export_uri, blank, shards)
-    latents = join(uri, "latents")
-    parts = load_parts(fetch_model(blank, storage=context.storage)).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not context.storage.exists(join(latents, "index.json")):
-        encode_shards(
-            shards,
-            latents,
-            parts=parts,
-            storage=context.storage,
-            batch_size=recipe.encode.batch_size,
-            max_bad_share=recipe.stream.max_bad_share,
-            with_text=False,
-            label="encode for the teacher",
-        )
     network = _train(
         context,
         TrainJob(
             name="teacher",
             fingerprint=digest([fingerprint(recipe, "teacher"), "network"]),
-            objective=partial(_denoising_objective, settings, blank, context.storage),
+            objective=partial(_denoising_objective, settings, begin, context.storage),
             batches=partial(
-                latent_batches, latents, tokenizer=blank, global_batch_size=settings.train.global_batch_size, **common
+                latent_batches,
+                latents,
+                tokenizer=begin,
+                storage=context.storage,
+                stream=recipe.stream,
+                global_batch_size=settings.train.global_batch_size,
+                seed=recipe.seed,
             ),
-            export=partial(_export_teacher, blank, context.storage),
+            export=partial(_export_teacher, begin, context.storage),
             settings=settings.train,
             seed=recipe.seed,
         ),
         join(uri, "network"),
     )
-    context.storage.delete(join(uri, "export"), recursive=True)
     folder = fetch_model(network.export_uri, storage=context.storage)
     context.storage.upload_folder(folder, join(uri, "export"))
-    return {"autoencoder": vae.to_json(), "network": network.to_json()}
+    return facts | {"network": network.to_json()}
+
+
+def _train_autoencoder(context: StageContext, settings: TeacherStage, shards: str, uri: str) -> TrainResult:
+    recipe = context.recipe
+    assert settings.autoencoder_train is not None
+    return _train(
+        context,
+        TrainJob(
+            name="autoencoder",
+            fingerprint=autoencoder_fingerprint(recipe),
+            objective=partial(_autoencoder_objective, settings),
+            batches=partial(
+                picture_batches,
+                shards,
+                resolution=settings.autoencoder.resolution,
+                storage=context.storage,
+                stream=recipe.stream,
+                global_batch_size=settings.autoencoder_train.global_batch_size,
+                seed=recipe.seed,
+            ),
+            export=_export_vae,
+            settings=settings.autoencoder_train,
+            seed=recipe.seed,
+        ),
+        uri,
+    )
+
+
+def _store_init(context: StageContext, init: str, begin: str) -> None:
+    if not context.storage.exists(join(begin, "model_index.json")):
+        folder = fetch_model(init, storage=context.storage, tracking=context.tracker)
+        load_parts(folder)  # an incomplete model is told now, not by a worker
+        context.storage.upload_folder(folder, begin)
 
 
 def _train(context: StageContext, job: TrainJob, uri: str) -> TrainResult:
@@ -115,10 +141,10 @@ def _export_vae(network: nn.Module, folder: str) -> None:
     vae.save_pretrained(folder)
 
 
-def _make_blank(context: StageContext, settings: TeacherStage, vae_uri: str, blank: str, shards: str) -> None:
+def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, begin: str, shards: str) -> None:
     """Store the teacher as it is before its training: the VAE with its latents scaled to unit variance, the tokenizer
     learned from the captions, and fresh networks. Workers begin from this folder, so that all begin alike."""
-    if context.storage.exists(join(blank, "model_index.json")):
+    if context.storage.exists(join(begin, "model_index.json")):
         return
     vae = AutoencoderKL.from_pretrained(str(fetch_model(vae_uri, storage=context.storage)))
     resolution = settings.autoencoder.resolution
@@ -141,7 +167,7 @@ def _make_blank(context: StageContext, settings: TeacherStage, vae_uri: str, bla
         unet=settings.network.build_unet(latent_channels=settings.autoencoder.latent_channels, latent_size=size),
         scheduler_config=SCHEDULER_CONFIG,
     )
-    _upload(parts, blank, context.storage)
+    _upload(parts, begin, context.storage)
 
 
 @torch.no_grad()
@@ -152,17 +178,15 @@ def _scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 
 def _upload(parts: TextToImageParts, uri: str, storage: Storage) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         parts.save(folder)
         storage.upload_folder(folder, uri)
 
 
 def _denoising_objective(
-    settings: TeacherStage, blank: str, storage: Storage, device: torch.device
+    settings: TeacherStage, begin: str, storage: Storage, device: torch.device
 ) -> DenoisingObjective:
-    parts = load_parts(fetch_model(blank, storage=storage))
+    parts = load_parts(fetch_model(begin, storage=storage))
     network = TextToImageNetwork(parts.unet, parts.text_encoder).requires_grad_(True).train()
     return DenoisingObjective(
         network,
@@ -174,9 +198,9 @@ def _denoising_objective(
     )
 
 
-def _export_teacher(blank: str, storage: Storage, network: nn.Module, folder: str) -> None:
+def _export_teacher(begin: str, storage: Storage, network: nn.Module, folder: str) -> None:
     assert isinstance(network, TextToImageNetwork)
-    parts = load_parts(fetch_model(blank, storage=storage))
+    parts = load_parts(fetch_model(begin, storage=storage))
     parts.unet.load_state_dict(network.unet.state_dict())
     parts.text_encoder.load_state_dict(network.text_encoder.state_dict())
     parts.save(Path(folder))

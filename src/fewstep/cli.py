@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from fewstep.bench.commands import bench
 from fewstep.errors import FewstepError
 
 MODEL_HELP = "a folder, s3://…, models:/NAME@champion, asset:NAME, or a hub id ORG/NAME"
@@ -46,6 +47,9 @@ def main(verbose: bool) -> None:
     logging.getLogger("fewstep").setLevel(logging.DEBUG if verbose else logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
+
+
+main.add_command(bench)
 
 
 def _quiet_libraries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -63,7 +64,7 @@ def test_ddim_step_is_the_shipped_schedulers_step(kind: PredictionType, steps: i
     indices = step_indices(steps)
     assert scheduler.timesteps.tolist() == indices[:-1]
     generator = torch.Generator().manual_seed(steps)
-    for t, s in zip(indices[:-1], indices[1:], strict=True):
+    for t, s in pairwise(indices):
         z, output = torch.randn(2, 2, 4, 4, 4, generator=generator)
         at_t, at_s = (schedule.alpha_sigma(torch.full((2,), index)) for index in (t, s))
         expected = scheduler.step(output, torch.tensor(t), z, eta=0.0).prev_sample

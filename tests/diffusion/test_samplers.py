@@ -60,9 +60,7 @@ def test_reruns_are_bit_equal_and_the_callback_changes_nothing(zero_snr: NoiseSc
     noise = torch.randn(2, 4, 2, 2)
 
     def sample(**more: object) -> Tensor:
-        return ddim(
-            _wave, noise, schedule=zero_snr, prediction_type="v_prediction", num_inference_steps=4, **more
-        )  # type: ignore[arg-type]
+        return ddim(_wave, noise, schedule=zero_snr, prediction_type="v_prediction", num_inference_steps=4, **more)  # type: ignore[arg-type]
 
     first = sample()
     assert torch.equal(first, sample())
@@ -92,25 +90,23 @@ def test_raising_in_the_callback_stops_the_sampler(zero_snr: NoiseSchedule) -> N
 
 def test_no_steps_are_refused(zero_snr: NoiseSchedule) -> None:
     with pytest.raises(RecipeError, match="num_inference_steps=0"):
-        ddim(
-            _wave, torch.randn(1, 4, 2, 2), schedule=zero_snr, prediction_type="v_prediction", num_inference_steps=0
-        )
+        ddim(_wave, torch.randn(1, 4, 2, 2), schedule=zero_snr, prediction_type="v_prediction", num_inference_steps=0)
 
 
 @pytest.mark.parametrize(
     ("steps", "variance"), [(1, 0.000), (2, 0.053), (4, 0.139), (8, 0.207), (16, 0.249), (64, 0.287), (1024, 0.300)]
 )
 def test_few_ddim_steps_lose_a_gaussians_variance(cosine: NoiseSchedule, steps: int, variance: float) -> None:
-    """Data N(0.7, 0.3) with its exact denoiser: the sampler is affine, so two starting points give mean and variance."""
+    """Data N(0.7, 0.3) and its exact denoiser: the sampler is affine, so two starting points tell mean and variance."""
 
     def denoiser(z: Tensor, index: Tensor) -> Tensor:
         alpha, sigma = cosine.alpha_sigma(index)
         return MEAN + alpha * VARIANCE / (alpha**2 * VARIANCE + sigma**2) * (z - alpha * MEAN)
 
     z = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
-    start, end = ddim(
-        denoiser, z, schedule=cosine, prediction_type="sample", num_inference_steps=steps
-    ).flatten().tolist()
+    start, end = (
+        ddim(denoiser, z, schedule=cosine, prediction_type="sample", num_inference_steps=steps).flatten().tolist()
+    )
     assert abs((end - start) ** 2 - variance) < 2e-3
     assert abs(start - MEAN) < 2e-3
 

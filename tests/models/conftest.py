@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import tiny_student_folder, tiny_teacher, tiny_teacher_folder
 
 from fewstep.models import TextToImageParts
+from tiny import tiny_student_folder, tiny_teacher, tiny_teacher_folder
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CAPTIONS, tiny_teacher
 
 from fewstep.errors import ModelError
 from fewstep.models import AutoencoderArchitecture, TeacherArchitecture, TextToImageParts, load_parts
+from tiny import CAPTIONS, tiny_teacher
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -97,7 +97,8 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "words"), [("text_encoder", "the text encoder"), ("scheduler", "the noise schedule"), ("vae", "autoencoder")]
+    ("part", "words"),
+    [("text_encoder", "the text encoder"), ("scheduler", "the noise schedule"), ("vae", "autoencoder")],
 )
 def test_a_missing_part_is_named(broken: Path, part: str, words: str) -> None:
     shutil.rmtree(broken / part)

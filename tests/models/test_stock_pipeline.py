@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import tiny_student_folder, tiny_teacher
 from torch import Tensor, nn
 
 from fewstep.diffusion import ddim
@@ -24,6 +23,7 @@ from fewstep.models import (
     save_student,
     student_model,
 )
+from tiny import tiny_student_folder, tiny_teacher
 
 PROMPTS = ["a red apple", "two birds on blue", "an emoji"]
 
@@ -103,9 +103,7 @@ def test_the_guided_teacher_is_the_stock_pipelines_guidance(tmp_path: Path) -> N
     pipeline = _pipeline(tmp_path)
     noise = initial_noise(range(3), (4, 4, 4))
     with counted(pipeline.unet) as calls:
-        stock = pipeline(
-            PROMPTS, num_inference_steps=4, guidance_scale=3.5, latents=noise, output_type="latent"
-        ).images
+        stock = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=3.5, latents=noise, output_type="latent").images
     assert calls == [6] * 4
     own = ddim(
         guided_model(teacher.unet, teacher.encode_prompts(PROMPTS), teacher.encode_prompts([""]), 2.5),

@@ -69,7 +69,7 @@ def test_a_new_student_is_trainable_and_leaves_the_teacher_alone(teacher: TextTo
 
 def test_a_student_cannot_be_the_teacher_of_stage_one(teacher: TextToImageParts) -> None:
     student = make_student(teacher.unet, embedding_dim=16)
-    with pytest.raises(ModelError, match="already conditioned on w .*time_cond_proj_dim=16"):
+    with pytest.raises(ModelError, match=r"already conditioned on w .*time_cond_proj_dim=16"):
         make_student(student)
 
 

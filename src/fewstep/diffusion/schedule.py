@@ -52,7 +52,13 @@ class NoiseSchedule:
             )
         settings = {key: config[key] for key in known if config.get(key) is not None}
         # Building diffusers' own scheduler keeps every named beta schedule and the rescaling exactly as it has them.
-        alphas_cumprod = DDIMScheduler(**settings).alphas_cumprod.double()
+        try:
+            alphas_cumprod = DDIMScheduler(**settings).alphas_cumprod.double()
+        except NotImplementedError as error:
+            raise ModelError(
+                f"beta_schedule={config.get('beta_schedule')!r} is none that diffusers' DDIMScheduler knows: "
+                "linear, scaled_linear and squaredcos_cap_v2; give the betas themselves as trained_betas"
+            ) from error
         squares = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])
         return cls(alphas=squares.sqrt(), sigmas=(1 - squares).clamp_min(0).sqrt())
 

@@ -12,12 +12,18 @@ import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from fewstep.diffusion.prediction import PredictionType, check_prediction_type
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import ModelError
+
+# Bars for files that load in a blink would bury the progress that matters.
+disable_transformers_bars()
+disable_diffusers_bars()
 
 
 @dataclass

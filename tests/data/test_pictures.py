@@ -1,0 +1,156 @@
+"""Pictures of every kind become the same tensor, and what cannot is refused with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.data.pictures import decode_picture
+from fewstep.data.source import BadSampleError
+
+
+def _sample(picture: Image.Image, *, kind: str = "png", caption: bytes = b"a cat", **save: Any) -> dict[str, Any]:
+    data = io.BytesIO()
+    picture.save(data, format={"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper()), **save)
+    return {"__key__": "7", kind: data.getvalue(), "txt": caption}
+
+
+def _halves(mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> Image.Image:
+    """Red on the left, blue on the right."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[:, : size[0] // 2, 0] = 255
+    pixels[:, size[0] // 2 :, 2] = 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+def test_pixels_come_through_unchanged_at_their_own_size() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    decoded = decode_picture(_sample(picture), resolution=8)
+    assert decoded["key"] == "7"
+    assert decoded["caption"] == "a cat"
+    assert decoded["pixels"].dtype == torch.uint8
+    assert torch.equal(decoded["pixels"], torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "jpeg", "webp"])
+def test_every_member_of_img2dataset_is_read(kind: str) -> None:
+    pixels = decode_picture(_sample(_halves(size=(32, 32)), kind=kind), resolution=16)["pixels"].int()
+    assert pixels.shape == (3, 16, 16)
+    assert (pixels[:, 8, 2] - torch.tensor([255, 0, 0])).abs().max() < 12
+    assert (pixels[:, 8, 13] - torch.tensor([0, 0, 255])).abs().max() < 12
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pictures_are_put_on_white(mode: str) -> None:
+    picture = Image.new(mode, (8, 8), 0)
+    assert torch.equal(
+        decode_picture(_sample(picture), resolution=8)["pixels"], torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    )
+    picture.putalpha(255)
+    assert not decode_picture(_sample(picture), resolution=8)["pixels"].any()
+
+
+def test_a_palette_with_a_transparent_colour_is_put_on_white() -> None:
+    picture = _halves("P")
+    transparent = picture.getpixel((0, 0))
+    pixels = decode_picture(_sample(picture, transparency=transparent), resolution=8)["pixels"]
+    assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+    assert pixels[:, 0, 7].tolist() == [0, 0, 255]
+    opaque = decode_picture(_sample(picture), resolution=8)["pixels"]
+    assert opaque[:, 0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(("mode", "value", "expected"), [("L", 100, 100), ("1", 1, 255), ("LA", (100, 255), 100)])
+def test_grey_pictures_become_three_equal_channels(mode: str, value: Any, expected: int) -> None:
+    pixels = decode_picture(_sample(Image.new(mode, (8, 8), value)), resolution=8)["pixels"]
+    assert torch.equal(pixels, torch.full((3, 8, 8), expected, dtype=torch.uint8))
+
+
+def test_sixteen_bit_grey_keeps_its_brightness() -> None:
+    picture = Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))
+    pixels = decode_picture(_sample(picture), resolution=8)["pixels"]
+    assert torch.equal(pixels, torch.full((3, 8, 8), 100, dtype=torch.uint8))
+
+
+def test_cmyk_is_converted() -> None:
+    pixels = decode_picture(_sample(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), kind="jpg"), resolution=8)["pixels"]
+    assert int(pixels.min()) > 250
+
+
+def test_exif_turns_the_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180°
+    pixels = decode_picture(_sample(_halves(), exif=exif), resolution=8)["pixels"]
+    assert pixels[:, 0, 0].tolist() == [0, 0, 255]
+    assert pixels[:, 0, 7].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(40, 8), (8, 40)])
+def test_the_middle_of_a_long_picture_is_kept(size: tuple[int, int]) -> None:
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    middle = [slice(None) if side == 8 else slice(16, 24) for side in (size[1], size[0])]
+    pixels[middle[0], middle[1]] = 255
+    got = decode_picture(_sample(Image.fromarray(pixels)), resolution=8)["pixels"]
+    assert got.shape == (3, 8, 8)
+    assert int(got.min()) == 255
+
+
+def test_a_small_picture_is_enlarged() -> None:
+    assert decode_picture(_sample(Image.new("RGB", (3, 5), "red")), resolution=16)["pixels"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"txt": None}, "no caption"),
+        ({"txt": b""}, "no caption"),
+        ({"txt": b" \n\t"}, "no caption"),
+        ({"png": None}, "no picture"),
+        ({"png": b""}, "broken picture"),
+        ({"png": b"<html>not found</html>"}, "broken picture"),
+    ],
+)
+def test_what_cannot_be_used_has_a_reason(change: dict[str, bytes | None], reason: str) -> None:
+    sample = {key: value for key, value in {**_sample(_halves()), **change}.items() if value is not None}
+    with pytest.raises(BadSampleError) as caught:
+        decode_picture(sample, resolution=8)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_a_picture_that_is_cut_short_is_broken(kind: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    sample = _sample(noise, kind=kind)
+    sample[kind] = sample[kind][: len(sample[kind]) // 2]
+    with pytest.raises(BadSampleError) as caught:
+        decode_picture(sample, resolution=8)
+    assert caught.value.reason == "broken picture"
+
+
+def test_a_flipped_byte_in_a_png_is_a_bad_sample_and_no_other_error() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = _sample(noise)
+    for position in range(8, 200, 7):
+        data = bytearray(whole["png"])
+        data[position] ^= 0xFF
+        # Some bytes do not matter; those that do must not let another error through.
+        with contextlib.suppress(BadSampleError):
+            decode_picture({**whole, "png": bytes(data)}, resolution=8)
+
+
+def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadSampleError) as caught:
+        decode_picture(_sample(Image.new("RGB", (64, 64))), resolution=8)
+    assert caught.value.reason == "broken picture"
+
+
+def test_captions_with_broken_bytes_are_kept() -> None:
+    decoded = decode_picture(_sample(_halves(), caption=b" caf\xe9 \xe2\x98\x95 "), resolution=8)
+    assert decoded["caption"] == "caf\ufffd ☕"

@@ -1,0 +1,177 @@
+"""A recipe that cannot work is refused before anything runs, in words that name the key, the value and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fewstep.errors import RecipeError
+from fewstep.recipe import load_recipe, parse_recipe
+
+TRAIN = {"updates": 10, "global_batch_size": 8, "learning_rate": 1.0e-3}
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    """Return a small recipe of all stages but the teacher's, with changes; "a__b" changes key b of a, None removes."""
+    recipe: dict[str, Any] = {
+        "name": "small",
+        "stages": ["prepare", "encode", "guidance", "progressive", "evaluate", "register"],
+        "teacher": "asset:emoji-teacher",
+        "prepare": {"resolution": 32},
+        "guidance": {"w_min": 0.0, "w_max": 4.0, "train": dict(TRAIN)},
+        "progressive": {"ladder": [4, 2, 1], "train": dict(TRAIN)},
+        "evaluate": {"steps": [4, 2, 1], "guidance_scale": 4.0},
+        "register": {"name": "small", "num_inference_steps": 4},
+    }
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        place = recipe
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if value is None:
+            del place[key]
+        else:
+            place[key] = value
+    return recipe
+
+
+def test_the_small_recipe_is_taken() -> None:
+    recipe = parse_recipe(content())
+    assert recipe.stages[-1] == "register"
+    assert recipe.register_.name == "small"
+    assert recipe.progressive is not None
+    assert recipe.progressive.rung(2).updates == 10
+
+
+@pytest.mark.parametrize("file", sorted(Path("workflows/recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_recipe_is_taken_and_named_after_its_file(file: Path) -> None:
+    assert load_recipe(file).name == file.stem
+
+
+def test_updates_of_single_rungs() -> None:
+    progressive = parse_recipe(content(progressive__updates={1: 30})).progressive
+    assert progressive is not None
+    assert [progressive.rung(steps).updates for steps in (4, 2, 1)] == [10, 10, 30]
+    assert progressive.rung(1).learning_rate == TRAIN["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"guidence": {}}, ["guidence: unknown key", "the keys here are name, seed, stages, teacher", "guidance"]),
+        ({"guidance__wmax": 3}, ["guidance.wmax: unknown key", "the keys here are", "w_min", "w_max", "train"]),
+        (
+            {"guidance__train__lr": 3},
+            ["guidance.train.lr: unknown key", "updates, global_batch_size, learning_rate", "ema_decay"],
+        ),
+        ({"register__gate__kid": 1}, ["register.gate.kid: unknown key", "max_kid_ratio"]),
+        ({"register_": {}}, ["register_: unknown key", "register"]),
+        ({"progressive__ladder": [8, 4, 1]}, ["ladder[2]=1 is not half of 4: write 2 there"]),
+        ({"progressive__ladder": []}, ["the ladder is empty"]),
+        ({"progressive__updates": {8: 5}}, ["updates names the step counts [8]", "not in the ladder [4, 2, 1]"]),
+        ({"guidance__w_min": 5.0}, ["w_min=5 is not below w_max=4", "upside down"]),
+        ({"guidance__w_min": -1.0}, ["guidance.w_min=-1.0", "greater than or equal to 0"]),
+        ({"guidance__embedding_dim": 2}, ["guidance.embedding_dim=2"]),
+        ({"guidance__loss_weight": "snr2"}, ["guidance.loss_weight='snr2'", "truncated_snr"]),
+        ({"guidance": None}, ["stages has guidance, but its settings are missing: add the key guidance"]),
+        ({"progressive": None}, ["stages has progressive", "add the key progressive"]),
+        ({"prepare": None}, ["stages has prepare", "add the key prepare"]),
+        ({"stages": ["teacher", "encode"]}, ["stages has teacher", "add the key train_teacher"]),
+        ({"stages": ["encode", "prepare"]}, ["out of order or doubled; the order is ['prepare', 'encode']"]),
+        ({"stages": ["prepare", "prepare"]}, ["out of order or doubled"]),
+        ({"stages": ["prepare", "enc"]}, ["stages.1='enc'", "'encode'"]),
+        ({"stages": ["encode"]}, ["there are no shards: name them in data.train, or put prepare into stages"]),
+        ({"teacher": None}, ["there is no teacher: name a MODEL in the key teacher"]),
+        ({"evaluate__guidance_scale": 5.5}, ["guidance_scale=5.5 is w=4.5, outside the trained range 0 … 4"]),
+        ({"evaluate__steps": [16, 4]}, ["evaluate.steps has [16]", "progressive.ladder [4, 2, 1]"]),
+        ({"evaluate__steps": [4, 4]}, ["steps=[4, 4] must be different numbers"]),
+        ({"register__num_inference_steps": 8}, ["register.num_inference_steps=8 is not in", "[4, 2, 1]"]),
+        ({"guidance__train__updates": None}, ["guidance.train.updates: this key is required and missing"]),
+        ({"guidance__train__hand_over": "ema"}, ["hand_over=ema needs averaged weights; set ema_decay"]),
+        ({"guidance__train__learning_rate": "fast"}, ["guidance.train.learning_rate='fast'", "valid number"]),
+        ({"name": "Small Recipe"}, ["name='Small Recipe'", "match pattern"]),
+        ({"name": None}, ["name: this key is required and missing"]),
+        ({"prepare__resolution": 8}, ["prepare.resolution=8", "greater than or equal to 16"]),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else next(iter(value)),
+)
+def test_what_cannot_work_is_refused(changes: dict[str, Any], messages: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(content(**changes), source="my.yaml")
+    text = str(caught.value)
+    assert text.startswith("my.yaml")
+    for message in messages:
+        assert message in text
+
+
+def test_all_faults_are_named_at_once() -> None:
+    changed = content(guidance__train__updates=0, progressive__train__learning_rate=-1.0, teachr="x")
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(changed)
+    for place in ("guidance.train.updates=0", "progressive.train.learning_rate=-1.0", "teachr: unknown key"):
+        assert place in str(caught.value)
+
+
+def test_a_named_and_a_trained_teacher_are_one_too_many() -> None:
+    stages = ["prepare", "teacher", "encode"]
+    changed = content(stages=stages, train_teacher={"autoencoder_train": dict(TRAIN), "train": dict(TRAIN)})
+    with pytest.raises(RecipeError, match="it is either named or trained"):
+        parse_recipe(changed)
+    del changed["teacher"]
+    assert parse_recipe(changed).teacher is None
+
+
+def test_shards_may_be_named_instead_of_prepared() -> None:
+    stages = ["encode", "guidance"]
+    recipe = parse_recipe(content(stages=stages, prepare=None, data={"train": "s3://b/train", "evaluate": "s3://b/ev"}))
+    assert recipe.data.train == "s3://b/train"
+
+
+def test_recipes_are_frozen() -> None:
+    recipe: Any = parse_recipe(content())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+
+
+def test_a_file_is_read_as_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(content()))
+    assert load_recipe(file) == parse_recipe(content())
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no recipe .*nowhere\.yaml; the shipped ones are in"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "cannot be read"),
+        ("a: b: c", "cannot be read"),
+        ("", "must be a mapping of keys, not NoneType"),
+        ("- name", "must be a mapping of keys, not list"),
+        ("\x00", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(file)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(b"\xff\xfename: x")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(file)
+
+
+def test_where_it_runs_is_not_part_of_the_digest() -> None:
+    digest = parse_recipe(content()).digest()
+    assert parse_recipe(content(cluster={"num_workers": 4}, storage={"bucket": "other"})).digest() == digest
+    assert parse_recipe(content(seed=1)).digest() != digest

@@ -72,6 +72,11 @@ def test_updates_of_single_rungs() -> None:
         ({"progressive__ladder": [8, 4, 1]}, ["ladder[2]=1 is not half of 4: write 2 there"]),
         ({"progressive__ladder": []}, ["the ladder is empty"]),
         ({"progressive__updates": {8: 5}}, ["updates names the step counts [8]", "not in the ladder [4, 2, 1]"]),
+        ({"progressive__updates": {1: 0}}, ["progressive.updates.1=0", "greater than 0"]),
+        (
+            {"progressive__updates": {1: 5}, "progressive__train__warmup_updates": 6},
+            ["updates {1: 5} are fewer than train.warmup_updates=6", "set it to at most 5"],
+        ),
         ({"guidance__w_min": 5.0}, ["w_min=5 is not below w_max=4", "upside down"]),
         ({"guidance__w_min": -1.0}, ["guidance.w_min=-1.0", "greater than or equal to 0"]),
         ({"guidance__embedding_dim": 2}, ["guidance.embedding_dim=2"]),

@@ -80,7 +80,7 @@ def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: d
     [
         ({"seed": 1}, "prepare"),
         ({"prepare__num_train": 100}, "prepare"),
-        ({"data__alignment": "s3://b/alignment"}, "encode"),
+        ({"data__evaluate": "s3://b/evaluate"}, "encode"),
         ({"guidance__w_max": 5.0}, "guidance"),
         ({"guidance__train__learning_rate": 1e-4}, "guidance"),
         ({"stream__shuffle_shards": False}, "guidance"),

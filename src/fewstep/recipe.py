@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from fewstep.data.emoji import EmojiSettings
 from fewstep.data.stream import StreamSettings
@@ -82,7 +82,9 @@ class ProgressiveStage(ProgressiveSettings):
     """Stage two and its training."""
 
     train: TrainSettings = Field(description="training of each rung")
-    updates: dict[int, int] = Field(default_factory=dict, description="step count -> updates, where they differ")
+    updates: dict[int, PositiveInt] = Field(
+        default_factory=dict, description="step count -> updates, where they differ"
+    )
 
     @model_validator(mode="after")
     def _check_updates(self) -> ProgressiveStage:
@@ -90,6 +92,12 @@ class ProgressiveStage(ProgressiveSettings):
         if strangers:
             raise ValueError(
                 f"updates names the step counts {strangers}, which are not in the ladder {list(self.ladder)}"
+            )
+        short = {steps: count for steps, count in self.updates.items() if count < self.train.warmup_updates}
+        if short:
+            raise ValueError(
+                f"updates {short} are fewer than train.warmup_updates={self.train.warmup_updates}: the learning rate "
+                f"would never be reached; set it to at most {min(short.values())}"
             )
         return self
 

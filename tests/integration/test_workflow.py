@@ -1,4 +1,4 @@
-"""The main job end to end with a tiny teacher, real S3, Ray, MLflow and HTTP; skipped when done, resumed when killed."""
+"""The main job end to end with a tiny teacher and real parts; skipped when done, resumed when killed."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: d
         ({"data__evaluate": "s3://b/evaluate"}, "encode"),
         ({"guidance__w_max": 5.0}, "guidance"),
         ({"guidance__train__learning_rate": 1e-4}, "guidance"),
-        ({"stream__shuffle_shards": False}, "guidance"),
+        ({"stream__shuffle_shards": 7}, "guidance"),
         ({"progressive__loss_weight": "x"}, "progressive"),
         ({"progressive__updates": {1: 20}}, "progressive"),
         ({"evaluate__num_prompts": 100}, "evaluate"),

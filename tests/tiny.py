@@ -30,7 +30,7 @@ def tiny_teacher(*, seed: int = 0, **scheduler: object) -> TextToImageParts:
         text_width=16,
         text_layers=1,
         text_heads=2,
-        vocabulary_size=300,
+        vocabulary_size=600,
         max_prompt_tokens=16,
     )
     tokenizer = architecture.train_tokenizer(CAPTIONS)

@@ -202,7 +202,7 @@ def load_recipe(path: Path | str) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"there is no recipe {path}; the shipped ones are in workflows/recipes/") from error
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"the recipe {path} must be a mapping of keys, not {type(content).__name__}")

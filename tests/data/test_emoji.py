@@ -121,7 +121,7 @@ def test_captions_have_several_answers(train: list[dict[str, Any]]) -> None:
         answers[record["caption"]].add(sample["png"])
         concepts_of[record["caption"]].add(tuple(record["codes"]))
     assert sum(len(pictures) > 1 for pictures in answers.values()) >= 10
-    assert sum(len(codes) > 1 for codes in concepts_of.values()) >= 10
+    assert sum(len(codes) > 1 for codes in concepts_of.values()) >= 6
 
 
 def test_drawings_fill_their_square_in_both_styles() -> None:

@@ -90,7 +90,7 @@ def loss_after() -> Callable[..., tuple[float, float]]:
         losses = []
         for _ in range(updates + 1):
             loss, _ = objective.loss(objective.network, batch, random())
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

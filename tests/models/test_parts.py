@@ -53,6 +53,27 @@ def test_the_tokenizer_comes_back_the_same(teacher: TextToImageParts, teacher_fo
     assert len({tuple(row) for row in before.tolist()}) == len(prompts)
 
 
+def test_a_tokenizer_is_the_same_whenever_it_is_trained() -> None:
+    captions = [
+        *CAPTIONS,
+        *(f"the {word}" for word in ["quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "by", "seven"]),
+    ]
+    architecture = TeacherArchitecture(vocabulary_size=560)
+    first = architecture.train_tokenizer(captions).get_vocab()
+    assert len(first) == 560
+    for _ in range(5):
+        assert architecture.train_tokenizer(reversed(captions)).get_vocab() == first
+
+
+def test_no_prompt_holds_an_unknown_token(teacher: TextToImageParts) -> None:
+    prompt = "7 é ß 猫 🐈 ] ~"
+    ids = teacher.token_ids([prompt])[0]
+    begin, end = teacher.tokenizer.bos_token_id, teacher.tokenizer.eos_token_id
+    assert int(ids[0]) == begin
+    assert end not in ids[1:-1].tolist(), "it is both the unknown token and the end"
+    assert teacher.tokenizer.decode(ids, skip_special_tokens=True).startswith("7 é ß 猫")
+
+
 def test_prompts_and_pictures_in_and_out(teacher: TextToImageParts) -> None:
     text = teacher.encode_prompts(["a red apple", ""])
     assert text.shape == (2, 16, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
-from fewstep.bench.device import synchronize
+from fewstep.bench.device import Elapsed, Stopwatch
 from fewstep.bench.settings import Precision, Stage
 from fewstep.models import TextToImageParts
 
@@ -67,23 +66,21 @@ class UpdateCalls:
                     self.teacher(z, index, text, timestep_cond=w, return_dict=False)
         return self.student(z, index, text, timestep_cond=w, return_dict=False)[0].float().square().mean()
 
-    def seconds(self, updates: int, *, warmup: int, optimizer: torch.optim.Optimizer, precision: Precision) -> float:
-        """Return the time of `updates` optimiser updates, in seconds, after some that are not counted."""
+    def run(self, updates: int, *, warmup: int, optimizer: torch.optim.Optimizer, precision: Precision) -> Elapsed:
+        """Return the time of `updates` optimiser updates, after some that are not counted."""
         device = self.z.device
-        start_s = 0.0
+        watch = Stopwatch(device)
         for update in range(warmup + updates):
             if update == warmup:
-                synchronize(device)
-                start_s = time.perf_counter()
+                watch = Stopwatch(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
                 loss = self.loss()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        synchronize(device)
-        elapsed_s = time.perf_counter() - start_s
+        elapsed = watch.stop()
         optimizer.zero_grad(set_to_none=True)
-        return elapsed_s
+        return elapsed
 
 
 @dataclass(frozen=True)

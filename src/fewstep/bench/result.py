@@ -57,7 +57,8 @@ class Speed(_Model):
     """What both benchmarks measure.
 
     `peak_tflops` and `mfu` are null where the device's peak is not known; `matmul_share` relates to one large matrix
-    product on the same device just before. `bare_share` is the median over the rounds of (bare time / our time).
+    product on the same device just before. `bare_share` is the median over the rounds of (bare time / our time);
+    `bare_share_cpu_time` the same in CPU seconds of the process, null on a GPU.
     """
 
     precision: Precision
@@ -75,6 +76,7 @@ class Speed(_Model):
     bare_images_per_second: float
     bare_share: float
     bare_share_by_round: list[float]
+    bare_share_cpu_time: float | None
     peak_memory_bytes: int
 
     def speed_lines(self) -> list[tuple[str, str]]:
@@ -84,7 +86,7 @@ class Speed(_Model):
         else:
             mfu = f"{self.mfu:.1%} of {self.peak_tflops:g} TFLOP/s ({self.precision}, data sheet)"
         spread = f"{min(self.bare_share_by_round):.1%} … {max(self.bare_share_by_round):.1%}"
-        return [
+        lines = [
             ("images/s", f"{self.images_per_second:.4g}"),
             ("TFLOP/s", f"{self.tflops:.4g} ({self.gflop_per_image:,.4g} GFLOP an image)"),
             ("MFU", mfu),
@@ -97,8 +99,12 @@ class Speed(_Model):
                 f"{self.bare_share:.1%} (median of {self.rounds} rounds, {spread}; "
                 f"bare calls: {self.bare_images_per_second:.4g} images/s)",
             ),
-            ("peak memory", _memory(self.peak_memory_bytes)),
         ]
+        if self.bare_share_cpu_time is not None:
+            lines.append(
+                ("  the same in CPU time", f"{self.bare_share_cpu_time:.1%} (which other programs hardly change)")
+            )
+        return [*lines, ("peak memory", _memory(self.peak_memory_bytes))]
 
 
 class TrainBenchResult(Speed):

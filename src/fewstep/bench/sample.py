@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fewstep.bench.calls import SampleCalls, sample_flops
-from fewstep.bench.device import measure_matmul_tflops, peak_tflops, prepare_network, resolve_device, synchronize, tuned
+from fewstep.bench.device import (
+    Elapsed,
+    Stopwatch,
+    measure_matmul_tflops,
+    peak_tflops,
+    prepare_network,
+    resolve_device,
+    tuned,
+)
 from fewstep.bench.result import Environment, SampleBenchResult
 from fewstep.bench.sd15 import sd15_parts
 from fewstep.bench.settings import Precision, SampleBenchSettings
@@ -62,7 +69,7 @@ def bench_sample(
         info = None if model is None else read_student_info(model)
         steps = _steps(settings, info)
         parts = _load(settings, model, device, dtype)
-        student = _student(parts)
+        student = student_parts(parts)
         for network in (student.unet, student.vae.decoder):
             prepare_network(network, settings.tuning)
         run_student = _sampler(student, batch_size=batch_size, steps=steps, device=device)
@@ -76,7 +83,7 @@ def bench_sample(
         run_bare()
         run_teacher = None
         if settings.teacher_steps:
-            teacher = _teacher(parts)
+            teacher = teacher_parts(parts)
             prepare_network(teacher.unet, settings.tuning)
             run_teacher = _sampler(teacher, batch_size=batch_size, steps=settings.teacher_steps, device=device)
             _sampler(teacher, batch_size=batch_size, steps=2, device=device)()  # warm up
@@ -89,15 +96,15 @@ def bench_sample(
                 "round %d of %d: %.4g images/s, bare network calls %.4g",
                 number + 1,
                 settings.rounds,
-                batch_size / one.student_s,
-                batch_size / one.bare_s,
+                batch_size / one.student.seconds,
+                batch_size / one.bare.seconds,
             )
 
-    images_per_second = median(batch_size / one.student_s for one in rounds)
+    images_per_second = median(batch_size / one.student.seconds for one in rounds)
     tflops = images_per_second * gflop / 1e3
     peak = peak_tflops(environment.device_name, precision)
-    shares = [one.bare_s / one.student_s for one in rounds]
-    guided = [(one.teacher_s, one.student_s) for one in rounds if one.teacher_s is not None]
+    shares = [one.bare.seconds / one.student.seconds for one in rounds]
+    guided = [(one.teacher.seconds, one.student.seconds) for one in rounds if one.teacher is not None]
     return SampleBenchResult(
         precision=precision,
         tuning=settings.tuning.names(),
@@ -111,9 +118,12 @@ def bench_sample(
         matmul_size=matmul_size,
         matmul_tflops=matmul_tflops,
         matmul_share=tflops / matmul_tflops,
-        bare_images_per_second=median(batch_size / one.bare_s for one in rounds),
+        bare_images_per_second=median(batch_size / one.bare.seconds for one in rounds),
         bare_share=median(shares),
         bare_share_by_round=shares,
+        bare_share_cpu_time=None
+        if on_gpu
+        else median(one.bare.cpu_seconds / one.student.cpu_seconds for one in rounds),
         peak_memory_bytes=peak_memory,
         model=name,
         resolution=parts.resolution,
@@ -128,9 +138,9 @@ def bench_sample(
 
 @dataclass(frozen=True)
 class _Round:
-    student_s: float
-    bare_s: float
-    teacher_s: float | None
+    student: Elapsed
+    bare: Elapsed
+    teacher: Elapsed | None
 
 
 def _steps(settings: SampleBenchSettings, info: StudentInfo | None) -> int:
@@ -154,14 +164,14 @@ def _load(
     return load_parts(model, dtype=dtype).to(device)
 
 
-def _student(parts: TextToImageParts) -> TextToImageParts:
+def student_parts(parts: TextToImageParts) -> TextToImageParts:
     if parts.unet.config.time_cond_proj_dim is not None:
         return parts
     with torch.device(parts.device):
         return replace(parts, unet=make_student(parts.unet).requires_grad_(False).eval())
 
 
-def _teacher(parts: TextToImageParts) -> TextToImageParts:
+def teacher_parts(parts: TextToImageParts) -> TextToImageParts:
     config = dict(parts.unet.config)
     if config["time_cond_proj_dim"] is None:
         return parts
@@ -172,30 +182,27 @@ def _teacher(parts: TextToImageParts) -> TextToImageParts:
     return replace(parts, unet=unet.to(parts.device, parts.unet.dtype).requires_grad_(False).eval())
 
 
-def _sampler(parts: TextToImageParts, *, batch_size: int, steps: int, device: torch.device) -> Callable[[], float]:
-    """Return a function that draws one batch and returns its time in seconds."""
+def _sampler(parts: TextToImageParts, *, batch_size: int, steps: int, device: torch.device) -> Callable[[], Elapsed]:
+    """Return a function that draws one batch and returns its time."""
     w = torch.full((batch_size,), 3.0)
 
-    def run() -> float:
-        synchronize(device)
-        start_s = time.perf_counter()
+    def run() -> Elapsed:
+        watch = Stopwatch(device)
         pixels = sample_pixels(
             parts, prompts=[_PROMPT] * batch_size, seeds=range(batch_size), num_inference_steps=steps, w=w
         )
         pixels.cpu()  # a picture is done when it can be sent; this waits for the device
-        return time.perf_counter() - start_s
+        return watch.stop()
 
     return run
 
 
-def _bare(parts: TextToImageParts, *, batch_size: int, steps: int, device: torch.device) -> Callable[[], float]:
+def _bare(parts: TextToImageParts, *, batch_size: int, steps: int, device: torch.device) -> Callable[[], Elapsed]:
     calls = SampleCalls.make(parts, batch_size=batch_size, num_inference_steps=steps)
 
-    def run() -> float:
-        synchronize(device)
-        start_s = time.perf_counter()
+    def run() -> Elapsed:
+        watch = Stopwatch(device)
         calls.run()
-        synchronize(device)
-        return time.perf_counter() - start_s
+        return watch.stop()
 
     return run

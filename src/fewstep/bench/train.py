@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.bench.calls import UpdateCalls, UpdateFlops, update_flops
-from fewstep.bench.device import measure_matmul_tflops, peak_tflops, prepare_network, resolve_device, tuned
+from fewstep.bench.device import Elapsed, measure_matmul_tflops, peak_tflops, prepare_network, resolve_device, tuned
 from fewstep.bench.result import Environment, FlopsResult, TrainBenchResult
 from fewstep.bench.sd15 import sd15_train_workload
 from fewstep.bench.settings import Precision, TrainBenchSettings
@@ -102,23 +103,23 @@ def bench_workload(
     rounds: list[_Round] = []
     for number in range(settings.rounds):
         loop = _run_loop(job, device)
-        bare_s = calls.seconds(
+        bare = calls.run(
             settings.updates, warmup=warmup, optimizer=make_optimizer(objective, train), precision=precision
         )
-        rounds.append(_Round(loop.seconds, loop.waited_s, bare_s, loop.peak_memory_bytes))
+        rounds.append(_Round(loop, bare))
         logger.info(
             "round %d of %d: %.4g images/s, bare network calls %.4g",
             number + 1,
             settings.rounds,
-            settings.updates * batch_size / loop.seconds,
-            settings.updates * batch_size / bare_s,
+            settings.updates * batch_size / loop.time.seconds,
+            settings.updates * batch_size / bare.seconds,
         )
 
     images = settings.updates * batch_size
-    images_per_second = median(images / one.seconds for one in rounds)
+    images_per_second = median(images / one.loop.time.seconds for one in rounds)
     tflops = images_per_second * flops.update / 1e12
     peak = peak_tflops(environment.device_name, precision)
-    shares = [one.bare_s / one.seconds for one in rounds]
+    shares = [one.bare.seconds / one.loop.time.seconds for one in rounds]
     return TrainBenchResult(
         precision=precision,
         tuning=settings.tuning.names(),
@@ -132,10 +133,13 @@ def bench_workload(
         matmul_size=matmul_size,
         matmul_tflops=matmul_tflops,
         matmul_share=tflops / matmul_tflops,
-        bare_images_per_second=median(images / one.bare_s for one in rounds),
+        bare_images_per_second=median(images / one.bare.seconds for one in rounds),
         bare_share=median(shares),
         bare_share_by_round=shares,
-        peak_memory_bytes=max(one.peak_memory_bytes for one in rounds),
+        bare_share_cpu_time=None
+        if device.type == "cuda"
+        else median(one.bare.cpu_seconds / one.loop.time.cpu_seconds for one in rounds),
+        peak_memory_bytes=max(one.loop.peak_memory_bytes for one in rounds),
         workload=workload.name,
         stage=settings.stage,
         network=workload.network,
@@ -145,7 +149,7 @@ def bench_workload(
         updates=settings.updates,
         seconds_per_update=batch_size / images_per_second,
         forward_gflop_per_image=flops.forward / 1e9,
-        data_wait_share=sum(one.waited_s for one in rounds) / sum(one.seconds for one in rounds),
+        data_wait_share=sum(one.loop.waited_s for one in rounds) / sum(one.loop.time.seconds for one in rounds),
         environment=environment,
     )
 
@@ -180,25 +184,35 @@ def make_objective(
 
 
 @dataclass(frozen=True)
-class _Round:
-    seconds: float
+class _Loop:
+    time: Elapsed
     waited_s: float
-    bare_s: float
     peak_memory_bytes: int
 
 
-def _run_loop(job: TrainJob, device: torch.device) -> _Round:
+@dataclass(frozen=True)
+class _Round:
+    loop: _Loop
+    bare: Elapsed
+
+
+def _run_loop(job: TrainJob, device: torch.device) -> _Loop:
     """Run the training once and return what its own meters say of all windows after the first."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     readings: list[dict[str, float]] = []
-    result = train_in_process(job, device=device, on_log=lambda _, figures: readings.append(figures))
+    cpu_s: list[float] = []
+
+    def note(_: int, figures: dict[str, float]) -> None:
+        readings.append(figures)
+        cpu_s.append(time.process_time())
+
+    result = train_in_process(job, device=device, on_log=note)
     images = job.settings.log_every * job.settings.global_batch_size
     windows = [(images / figures["images_per_second"], figures["data_wait_share"]) for figures in readings[1:]]
-    return _Round(
-        seconds=sum(seconds for seconds, _ in windows),
+    return _Loop(
+        time=Elapsed(sum(seconds for seconds, _ in windows), cpu_s[-1] - cpu_s[0]),
         waited_s=sum(seconds * share for seconds, share in windows),
-        bare_s=0.0,
         peak_memory_bytes=result.peak_memory_bytes,
     )
 

@@ -42,6 +42,9 @@ def decode_picture(sample: Sample, *, resolution: int) -> dict[str, Any]:
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # Grey of 16 bits: Pillow's own conversion cuts at 255 where it should scale, and leaves white.
+        picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         drawn = picture.convert("RGBA")
         white = Image.new("RGBA", drawn.size, (255, 255, 255, 255))

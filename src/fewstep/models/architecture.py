@@ -108,7 +108,11 @@ class TeacherArchitecture(BaseModel):
         )
 
     def train_tokenizer(self, captions: Iterable[str]) -> CLIPTokenizer:
-        """Return a CLIPTokenizer whose byte-pair vocabulary is learned from the captions."""
+        """Return a CLIPTokenizer whose byte-pair vocabulary is learned from the captions; the same for the same ones.
+
+        The vocabulary begins as CLIP's does: every byte, within a word and at its end (512 entries), so that no prompt
+        holds an unknown one.
+        """
         # The same splitting as CLIP's own tokenizer; transformers rebuilds it from vocabulary and merges alone.
         words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
         bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
@@ -119,10 +123,13 @@ class TeacherArchitecture(BaseModel):
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocabulary_size,
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            # The trainer numbers word ends as it meets them, in an order that differs from run to run; and ends that
+            # no caption has would be unknown. Naming them here settles both.
+            special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{byte}</w>" for byte in alphabet)],
+            initial_alphabet=alphabet,
             end_of_word_suffix="</w>",
             show_progress=False,
         )

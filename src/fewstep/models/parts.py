@@ -13,6 +13,7 @@ from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
@@ -166,13 +167,13 @@ def load_parts(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Tex
     try:
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         parts = TextToImageParts(
-            vae=AutoencoderKL.from_pretrained(str(folder / "vae"), torch_dtype=dtype),
-            text_encoder=CLIPTextModel.from_pretrained(str(folder / "text_encoder"), dtype=dtype),
+            vae=_load_network(AutoencoderKL, folder / "vae", torch_dtype=dtype),
+            text_encoder=_load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
             tokenizer=CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
-            unet=UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=dtype),
+            unet=_load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
             scheduler_config=scheduler_config,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model folder {folder} cannot be read: {error}") from error
     taken, made = parts.unet.config["in_channels"], parts.vae.config["latent_channels"]
     if taken != made:
@@ -180,3 +181,15 @@ def load_parts(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Tex
             f"the U-Net of {folder} takes {taken} channels but its VAE has {made}: text-to-image needs the two equal"
         )
     return parts.freeze()
+
+
+def _load_network(kind: Any, folder: Path, **settings: Any) -> Any:
+    # Both libraries fill what a file lacks with random numbers and a warning: a picture of noise, much later.
+    network, report = kind.from_pretrained(str(folder), output_loading_info=True, **settings)
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise ModelError(
+            f"the weights in {folder} lack {len(lacking)} tensors of a {kind.__name__}, {lacking[0]} for one: "
+            "the file is incomplete or of another kind of network; save the model again"
+        )
+    return network

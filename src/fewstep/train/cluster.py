@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -65,6 +66,7 @@ def _connect(settings: ClusterSettings, address: str | None) -> None:
 
 def _start_here(settings: ClusterSettings) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
+        before = set(psutil.Process().children())
         try:
             with _loopback_only():
                 ray.init(
@@ -78,7 +80,11 @@ def _start_here(settings: ClusterSettings) -> None:
                 )
             return
         except Exception as error:  # Ray gives its parts 30 s each and raises a bare Exception after that
-            ray.shutdown()
+            ray.shutdown()  # does not know of the parts that had started
+            for leftover in set(psutil.Process().children()) - before:
+                with suppress(psutil.NoSuchProcess):
+                    if any("/site-packages/ray/" in part for part in leftover.cmdline()):
+                        leftover.kill()
             logger.warning("Ray did not start (attempt %d of %d): %s", attempt, START_ATTEMPTS, error)
             if attempt == START_ATTEMPTS:
                 raise FewstepError(

@@ -8,6 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 PIP_ARGS ?=
+GPU_TUNING ?= --channels-last --compile --tf32 --cudnn-benchmark
 VENV := .venv
 BIN := $(VENV)/bin
 FEWSTEP := $(BIN)/fewstep
@@ -69,12 +70,17 @@ teacher: install ## Train the shipped emoji teacher again, from its recipe
 serve: install ## Serve the champion, or else the shipped student, over HTTP
 	$(FEWSTEP) serve
 
-gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU
+gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU, and write the table in docs/benchmarks.md
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "fewstep: torch sees no CUDA device, so make gpu-check has nothing to check. Run it on a machine with a GPU and torch's CUDA build." >&2; exit 2; }
-	$(BIN)/python -m pytest -m gpu tests
-	$(FEWSTEP) bench train --shape sd15
-	$(FEWSTEP) bench sample --shape sd15
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	@mkdir -p runs/gpu-check
+	$(FEWSTEP) bench train --shape sd15 --json > runs/gpu-check/train.json
+	$(FEWSTEP) bench train --shape sd15 $(GPU_TUNING) --json > runs/gpu-check/train-tuned.json
+	$(FEWSTEP) bench sample --shape sd15 --json > runs/gpu-check/sample.json
+	$(FEWSTEP) bench sample --shape sd15 $(GPU_TUNING) --json > runs/gpu-check/sample-tuned.json
+	$(FEWSTEP) bench sample --shape sd15 --batch-size 1 --json > runs/gpu-check/sample-one.json
+	$(FEWSTEP) bench table runs/gpu-check/{train,train-tuned,sample,sample-tuned,sample-one}.json --into docs/benchmarks.md
 
 constraints: install-dev ## Write constraints.txt from what .venv holds
 	{ echo "# The set of versions that the tests ran with, on Python 3.11. Made by: make constraints"; \

@@ -141,6 +141,7 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
         inputs |= {"settings": _dump(recipe.progressive), "guidance": fingerprint(recipe, "guidance"), "stream": stream}
     elif stage == "evaluate":
         inputs |= {"settings": _dump(recipe.evaluate), "progressive": fingerprint(recipe, "progressive")}
+        inputs["alignment"] = recipe.data.alignment
     else:
         inputs |= {"settings": _dump(recipe.register_), "evaluate": fingerprint(recipe, "evaluate")}
     return digest(inputs)
@@ -180,7 +181,8 @@ def rung_fingerprint(recipe: Recipe, num_inference_steps: int) -> str:
 
 
 def _data(recipe: Recipe) -> Any:
-    return recipe.data.model_dump(mode="json") | (
+    # What only the evaluation reads trains nothing anew.
+    return recipe.data.model_dump(mode="json", exclude={"alignment"}) | (
         {"prepare": fingerprint(recipe, "prepare")} if "prepare" in recipe.stages else {}
     )
 

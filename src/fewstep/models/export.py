@@ -46,3 +46,4 @@ def _halve(file: Path) -> None:
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()
     }
     save_file(tensors, file, metadata=metadata)
+    file.chmod(0o644)  # safetensors makes it private

@@ -8,6 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 PIP_ARGS ?=
+MODEL ?=
 GPU_TUNING ?= --channels-last --compile --tf32 --cudnn-benchmark
 VENV := .venv
 BIN := $(VENV)/bin
@@ -67,8 +68,8 @@ format: install-dev ## Put the code into the house format
 teacher: install ## Train the shipped emoji teacher again, from its recipe
 	$(FEWSTEP) run workflows/recipes/emoji-teacher.yaml
 
-serve: install ## Serve the champion, or else the shipped student, over HTTP
-	$(FEWSTEP) serve
+serve: install ## Serve over HTTP: make serve MODEL=models:/NAME@champion; without MODEL the demo's, or a shipped student
+	$(FEWSTEP) serve $(MODEL)
 
 gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU, and write the table in docs/benchmarks.md
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \

@@ -205,13 +205,15 @@ def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path 
 def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) -> None:
     """Serve students over HTTP with the OpenAI Images API until Ctrl-C.
 
-    MODELS are students, the first is the default; without any, the shipped emoji students for 4, 2 and 1 steps.
+    MODELS are students, the first is the default. Without any: the champion that the demo left in the embedded
+    registry, or else the emoji students that ship with fewstep.
 
     Example: fewstep serve models:/fewstep-demo@champion
     """
-    from fewstep.serving import SHIPPED_STUDENTS, served
+    from fewstep.serving import default_models, served
 
-    with served(models or SHIPPED_STUDENTS, host=host, port=port, recipe=_recipe(recipe)) as server:
+    loaded = _recipe(recipe)
+    with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
         click.echo("Stop with Ctrl-C.")
         server.wait()
 

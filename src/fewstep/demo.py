@@ -6,6 +6,7 @@ import base64
 import logging
 from pathlib import Path
 
+from fewstep.errors import RecipeError
 from fewstep.recipe import load_recipe
 from fewstep.serving import served
 from fewstep.train.cluster import local_ray
@@ -24,7 +25,13 @@ def run_demo(recipe_path: Path, out: Path | None = None) -> list[str]:
     Raises:
         FewstepError: whatever a user can mend.
     """
+    if not recipe_path.exists() and not recipe_path.is_absolute():
+        raise RecipeError(f"there is no {recipe_path} here: run this in the folder of a clone, or name a recipe")
     recipe = load_recipe(recipe_path)
+    if "register" not in recipe.stages:
+        raise RecipeError(
+            f"{recipe_path} has no stage register, so there is nothing to serve: use `fewstep run` for it"
+        )
     folder = out or Path("runs") / recipe.name
     # Ray and the store stay up over both halves; inside, each finds what is running.
     with open_workplace(recipe) as workplace, local_ray(recipe.cluster):

@@ -8,12 +8,31 @@ from contextlib import ExitStack, contextmanager
 from fewstep.recipe import Recipe
 from fewstep.serve.server import RunningServer, run_server
 from fewstep.serve.settings import ServeSettings
+from fewstep.tracking.registry import Registry
+from fewstep.tracking.settings import TrackingSettings
+from fewstep.tracking.tracker import Tracker
 from fewstep.train.cluster import local_ray
 from fewstep.train.settings import ClusterSettings
 from fewstep.workplace import open_workplace
 
-#: The students that ship with fewstep; the first is the default of `fewstep serve`.
+#: The students that ship with fewstep; the first is the default among them.
 SHIPPED_STUDENTS = ("asset:emoji-student-4", "asset:emoji-student-2", "asset:emoji-student-1")
+
+_DEMO_NAME = "fewstep-demo"
+
+
+def default_models(recipe: Recipe | None = None) -> tuple[str, ...]:
+    """Return what is served when no model is named: the recipe's (or the demo's) champion and its siblings for other
+    step counts, as far as there are any, else the shipped students."""
+    tracking = recipe.tracking if recipe else TrackingSettings()
+    database = tracking.sqlite_path()
+    if database is not None and not database.exists():
+        return SHIPPED_STUDENTS
+    name = recipe.register_.name if recipe else _DEMO_NAME
+    registry = Registry(Tracker.open(tracking))
+    names = [name, *sorted(other for other in registry.names() if other.startswith(f"{name}-"))]
+    champions = [f"models:/{each}@champion" for each in names if registry.get_champion(each) is not None]
+    return tuple(champions) or SHIPPED_STUDENTS
 
 
 @contextmanager

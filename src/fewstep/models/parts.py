@@ -180,7 +180,20 @@ def load_parts(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Tex
         raise ModelError(
             f"the U-Net of {folder} takes {taken} channels but its VAE has {made}: text-to-image needs the two equal"
         )
+    _choose_attention(parts)
     return parts.freeze()
+
+
+#: Longest sequence of latent pixels for which the plain attention product is the faster one on a CPU.
+_SMALL_SEQUENCE = 1024
+
+
+def _choose_attention(parts: TextToImageParts) -> None:
+    # For a few dozen tokens torch's CPU flash kernel, one small product at a time inside a parallel region, halves the
+    # speed of the whole training; for long sequences it saves the memory of the full attention matrix.
+    _, height, width = parts.latent_shape
+    if not torch.cuda.is_available() and height * width <= _SMALL_SEQUENCE:
+        torch.backends.cuda.enable_flash_sdp(False)  # despite its name the switch of the CPU kernel too
 
 
 def _load_network(kind: Any, folder: Path, **settings: Any) -> Any:

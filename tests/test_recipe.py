@@ -180,3 +180,33 @@ def test_where_it_runs_is_not_part_of_the_digest() -> None:
     digest = parse_recipe(content()).digest()
     assert parse_recipe(content(cluster={"num_workers": 4}, storage={"bucket": "other"})).digest() == digest
     assert parse_recipe(content(seed=1)).digest() != digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stream": {"num_streams": 3}}, ["global_batch_size=8 is no multiple of stream.num_streams=3: take 9"]),
+        (
+            {"cluster": {"num_workers": 3}},
+            ["num_streams=8 is no multiple of cluster.num_workers=3", "set num_streams to 9"],
+        ),
+        ({"evaluate": {"num_prompts": 1201}}, ["num_prompts=1201 is more than prepare.num_evaluate=1200"]),
+        (
+            {"evaluate": {"num_prompts": 60}, "register": {"gate": {"min_num_images": 100}}},
+            ["min_num_images=100 is more than evaluate.num_prompts=60"],
+        ),
+        (
+            {
+                "stages": ["encode", "guidance", "progressive", "evaluate"],
+                "prepare": None,
+                "data": {"train": "s3://b/t"},
+            },
+            ["data.evaluate and data.alignment must name held-out shards"],
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_together(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as raised:
+        parse_recipe(content(**changes))
+    for word in words:
+        assert word in str(raised.value)

@@ -158,13 +158,13 @@ def sample(
     Example: fewstep sample asset:emoji-student-4 "a red apple, twemoji" "two birds on blue"
     """
     from fewstep.models import load_parts, read_student_info
-    from fewstep.serve.files import save_images
+    from fewstep.serve.files import default_device, save_images
     from fewstep.workplace import open_model
 
     with open_model(model, _recipe(recipe)) as folder:
         files = save_images(
             out,
-            load_parts(folder),
+            load_parts(folder).to(default_device()),
             read_student_info(folder),
             model=model,
             prompts=prompts,

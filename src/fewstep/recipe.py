@@ -171,6 +171,7 @@ class Recipe(_Settings):
                     f"register.num_inference_steps={wanted} is not in "
                     f"progressive.ladder {list(self.progressive.ladder)}"
                 )
+        self._check_sizes()
         if "evaluate" in self.stages and self.progressive is not None:
             strangers = sorted(set(self.evaluate.steps) - set(self.progressive.ladder))
             if strangers:
@@ -179,6 +180,48 @@ class Recipe(_Settings):
                     "makes no student"
                 )
         return self
+
+    def _check_sizes(self) -> None:
+        """Refuse sizes that do not fit together, before a GPU is taken."""
+        streams, workers = self.stream.num_streams, self.cluster.num_workers
+        if streams % workers:
+            raise ValueError(
+                f"stream.num_streams={streams} is no multiple of cluster.num_workers={workers}: every worker takes as "
+                f"many streams; set num_streams to {workers * max(1, round(streams / workers))}"
+            )
+        trainings = {
+            "guidance.train": self.guidance and self.guidance.train,
+            "progressive.train": self.progressive and self.progressive.train,
+            "train_teacher.train": self.train_teacher and self.train_teacher.train,
+            "train_teacher.autoencoder_train": self.train_teacher and self.train_teacher.autoencoder_train,
+        }
+        for key, train in trainings.items():
+            if train and train.global_batch_size % streams:
+                nearest = streams * max(1, round(train.global_batch_size / streams))
+                raise ValueError(
+                    f"{key}.global_batch_size={train.global_batch_size} is no multiple of "
+                    f"stream.num_streams={streams}: take {nearest}, or other streams"
+                )
+        if "evaluate" not in self.stages:
+            return
+        if "prepare" not in self.stages and (self.data.evaluate is None or self.data.alignment is None):
+            raise ValueError("stages has evaluate, so data.evaluate and data.alignment must name held-out shards")
+        if self.prepare is not None and self.evaluate.num_prompts > self.prepare.num_evaluate:
+            raise ValueError(
+                f"evaluate.num_prompts={self.evaluate.num_prompts} is more than prepare.num_evaluate="
+                f"{self.prepare.num_evaluate}: every prompt is one held-out scene; raise num_evaluate"
+            )
+        if "register" in self.stages:
+            if self.register_.num_inference_steps not in self.evaluate.steps:
+                raise ValueError(
+                    f"register.num_inference_steps={self.register_.num_inference_steps} is not in evaluate.steps "
+                    f"{list(self.evaluate.steps)}: a student that is not measured can never be champion"
+                )
+            if self.register_.gate.min_num_images > self.evaluate.num_prompts:
+                raise ValueError(
+                    f"register.gate.min_num_images={self.register_.gate.min_num_images} is more than "
+                    f"evaluate.num_prompts={self.evaluate.num_prompts}: no student could ever pass"
+                )
 
     def digest(self) -> str:
         """Return a digest of the recipe, stores and cluster left out: where it runs does not change what it is."""

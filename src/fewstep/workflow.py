@@ -10,6 +10,7 @@ from fewstep.errors import FewstepError
 from fewstep.recipe import Recipe, StageName
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, fingerprint, stage_uri
 from fewstep.stages.context import DONE
+from fewstep.stages.device import free_device_memory
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage, join
 from fewstep.train.cluster import local_ray
@@ -42,7 +43,8 @@ def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Pat
     if name not in recipe.stages:
         raise FewstepError(f"recipe {recipe.name} has no stage {name}; its stages are {', '.join(recipe.stages)}")
     storage, tracker = workplace.storage, workplace.tracker
-    found = find_artifact(recipe, storage, name)
+    # Registering is quick and finds what it did before; the registry may have moved on, which the store cannot tell.
+    found = find_artifact(recipe, storage, name) if name != "register" else None
     if found is not None:
         logger.info("%s: done already (%.0f s when it ran), skipped", name, found.seconds)
         _show(name, recipe, storage, out)
@@ -56,7 +58,10 @@ def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Pat
         parent.log_params(recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}))
         with tracker.run(name, key=f"{recipe.name}/{digest}", parent=parent.id, tags=tags) as run, Usage() as usage:
             context = StageContext(recipe=recipe, storage=storage, tracker=tracker, run=run, parent=parent.id, out=out)
-            facts = STAGES[name](context)
+            try:
+                facts = STAGES[name](context)
+            finally:
+                free_device_memory()
         parent.log_metrics(
             {f"{name}.seconds": usage.seconds, f"{name}.peak_memory_gib": usage.peak_memory_bytes / 2**30}
         )
@@ -81,5 +86,4 @@ def _show(name: StageName, recipe: Recipe, storage: Storage, out: Path) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     for file in ("report.json", "report.html", "samples.png"):
-        if not (out / file).exists():
-            (out / file).write_bytes(storage.read_bytes(join(stage_uri(recipe, storage, "evaluate"), file)))
+        (out / file).write_bytes(storage.read_bytes(join(stage_uri(recipe, storage, "evaluate"), file)))

@@ -125,6 +125,11 @@ class Report(_Figures):
     floor: Floor
     ratios: Ratios
     stages: list[StageUsage] = []
+    stage_one_relative_error: Figure = Field(
+        default=None,
+        description="relative L2 error of v̂ of the w-conditioned network against the guided pair, on held-out prompts "
+        "and weights, before any halving",
+    )
     settings: dict[str, object] = Field(description="of the evaluation")
     num_real_images: int
     versions: dict[str, str]

@@ -25,7 +25,8 @@ def guided_model(unet: UNet2DConditionModel, conditional: Tensor, unconditional:
     embeddings = torch.cat([conditional, unconditional.expand_as(conditional)])
 
     def model(z: Tensor, index: Tensor) -> Tensor:
-        output = unet(torch.cat([z, z]).to(unet.dtype), torch.cat([index, index]), embeddings).sample
+        # In float32: w would otherwise be rounded to the network's precision, which the student's own w is not.
+        output = unet(torch.cat([z, z]).to(unet.dtype), torch.cat([index, index]), embeddings).sample.float()
         with_prompt, without = output.chunk(2)
         return guide(with_prompt, without, w)
 

@@ -53,7 +53,7 @@ def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int = 256) -> 
             "stage one needs a model that is sampled with classifier-free guidance"
         )
     config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": embedding_dim})
+    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": embedding_dim, "dropout": 0.0})
     state = dict(teacher.state_dict())
     state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
     student.load_state_dict(state)

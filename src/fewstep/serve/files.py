@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fewstep.errors import SamplingError
 from fewstep.models import StudentInfo, TextToImageParts
 from fewstep.serve.encode import Provenance, encode_image
@@ -12,6 +14,11 @@ from fewstep.serve.sample import sample_images
 
 _TEACHER_STEPS = 50
 _TEACHER_GUIDANCE_SCALE = 4.0
+
+
+def default_device() -> torch.device:
+    """Return the GPU when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def save_images(

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
+from fewstep.models import load_parts
 from fewstep.recipe import Recipe, StageName, digest
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.registry import Registry
 from fewstep.tracking.tracker import Run, Tracker
 
 DONE = "done.json"
@@ -90,9 +92,13 @@ class StageContext:
             raise FewstepError(f"the recipe names no data.{split}: add the URI of webdataset shards under that key")
         return join(self.artifact("prepare").uri, split)
 
-    def teacher_folder(self) -> Path:
-        """Return a local folder of the teacher: the one named in the recipe, or the one that the teacher stage made."""
-        return fetch_teacher(self.recipe, self.storage, self.tracker)
+    def teacher(self) -> str:
+        """Return the URI of the teacher whose latents and embeddings the encode stage stored."""
+        return str(self.artifact("encode").facts["teacher"])
+
+    def fetch(self, uri: str) -> Path:
+        """Return a local folder of a MODEL."""
+        return fetch_model(uri, storage=self.storage, tracking=self.tracker)
 
 
 def teacher_uri(recipe: Recipe, storage: Storage) -> str:
@@ -102,9 +108,20 @@ def teacher_uri(recipe: Recipe, storage: Storage) -> str:
     return join(stage_uri(recipe, storage, "teacher"), "export")
 
 
-def fetch_teacher(recipe: Recipe, storage: Storage, tracker: Tracker) -> Path:
-    """Return a local folder of the teacher."""
-    return fetch_model(teacher_uri(recipe, storage), storage=storage, tracking=tracker)
+def pin_teacher(context: StageContext) -> str:
+    """Return a URI of the teacher that means the same model in every stage and on every machine.
+
+    An alias becomes its version, and a folder of this machine is stored where the workers of other machines find it.
+    """
+    uri = teacher_uri(context.recipe, context.storage)
+    if uri.startswith("models:"):
+        return Registry(context.tracker).get(uri).uri
+    folder = Path(uri).expanduser()
+    if "://" not in uri and not uri.startswith("asset:") and folder.is_dir():
+        load_parts(folder)  # an incomplete model is told before it is stored
+        uri = join(context.uri("encode"), "teacher")
+        context.storage.upload_folder(folder, uri)
+    return uri
 
 
 def stage_uri(recipe: Recipe, storage: Storage, stage: StageName) -> str:
@@ -132,6 +149,8 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
         inputs["settings"] = _dump(recipe.prepare)
     elif stage == "teacher":
         inputs |= {"settings": _dump(recipe.train_teacher), "data": _data(recipe), "stream": stream}
+        if recipe.train_teacher is not None and recipe.train_teacher.init is not None:
+            inputs["init"] = _model(recipe.train_teacher.init)
     elif stage == "encode":
         inputs |= {"settings": _dump(recipe.encode), "data": _data(recipe), "teacher": _teacher(recipe)}
     elif stage == "guidance":
@@ -158,7 +177,9 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
             "train": settings.autoencoder_train.of_the_weights(),
             "weights": [settings.kl_weight, settings.edge_weight],
             "data": _data(recipe),
+            "stream": {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards},
             "seed": recipe.seed,
+            "format": _FORMAT,
         }
     )
 
@@ -188,14 +209,16 @@ def _data(recipe: Recipe) -> Any:
 
 
 def _teacher(recipe: Recipe) -> str:
-    if recipe.teacher is None:
-        return fingerprint(recipe, "teacher")
+    return fingerprint(recipe, "teacher") if recipe.teacher is None else _model(recipe.teacher)
+
+
+def _model(uri: str) -> str:
     try:
-        folder = fetch_model(recipe.teacher) if recipe.teacher.startswith("asset:") else Path(recipe.teacher)
+        folder = fetch_model(uri) if uri.startswith("asset:") else Path(uri).expanduser()
     except FewstepError:
-        return recipe.teacher
+        return uri
     # A folder on disk may be saved again under the same name: its weights are part of what it is.
-    return _folder_digest(folder) if folder.is_dir() else recipe.teacher
+    return _folder_digest(folder) if folder.is_dir() else uri
 
 
 @lru_cache
@@ -209,7 +232,15 @@ def _folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-_WATCHING = {"checkpoint_every", "num_checkpoints_to_keep", "keep_checkpoints_when_done", "log_every"}
+_WATCHING = {
+    "checkpoint_every",
+    "num_checkpoints_to_keep",
+    "keep_checkpoints_when_done",
+    "log_every",
+    "num_validation",
+    "batch_size",
+    "num_threads",
+}
 
 
 def _dump(settings: Any) -> Any:

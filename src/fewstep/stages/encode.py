@@ -13,19 +13,22 @@ import torch
 from fewstep.data.latents import latent_sample
 from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import Shard, read_index, write_index, write_shard
-from fewstep.data.source import SampleCounts, iterate_shard
+from fewstep.data.source import Decode, SampleCounts, iterate_shard
 from fewstep.models import TextToImageParts, load_parts
-from fewstep.stages.context import StageContext
+from fewstep.stages.context import StageContext, pin_teacher
+from fewstep.stages.device import driver_device
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
+from fewstep.tracking.fetch import fetch_model
 
 
 def encode(context: StageContext) -> dict[str, Any]:
     """Encode the training and the held-out shards with the teacher's VAE and text encoder."""
     recipe = context.recipe
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = load_parts(context.teacher_folder()).to(device)
-    facts: dict[str, Any] = {}
+    teacher = pin_teacher(context)
+    parts = load_parts(fetch_model(teacher, storage=context.storage, tracking=context.tracker))
+    parts.to(driver_device(recipe.cluster))
+    facts: dict[str, Any] = {"teacher": teacher}
     for split in ("train", "evaluate"):
         facts[split] = encode_shards(
             context.shards(split),
@@ -78,21 +81,21 @@ def encode_shards(
         for number, shard in enumerate(index.shards):
             uri = join(target, f"{number:05d}.tar")
             record_uri = join(target, "records", f"{number:05d}.json")
-            if storage.exists(record_uri):
-                record = storage.read_json(record_uri)
+            source_id = {"uri": shard.uri, "size_bytes": shard.size_bytes, "fingerprint": shard.fingerprint}
+            record = storage.read_json(record_uri) if storage.exists(record_uri) else None
+            if record is None or record["source"] != source_id:
+                record = _encode_shard(
+                    shard, uri, parts=parts, storage=storage, batch_size=batch_size, with_text=with_text, counts=counts,
+                    decode=decode, progress=progress,
+                )  # fmt: skip
+                storage.write_json(record_uri, {**record, "source": source_id})
+            else:
                 counts.seen += record["seen"]
                 for reason, count in record["skipped"].items():
                     counts.skipped[reason] = counts.skipped.get(reason, 0) + count
-                written.append(Shard(uri, **record["shard"]))
                 progress.advance(record["seen"])
-                continue
-            before = counts.copy()
-            samples = iterate_shard(shard, storage=storage, decode=decode, counts=counts)
-            encoded = write_shard(_encoded(samples, parts, batch_size, with_text, progress), uri, storage=storage)
-            written.append(encoded)
-            skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
-            facts = {key: value for key, value in asdict(encoded).items() if key != "uri"}
-            storage.write_json(record_uri, {"shard": facts, "seen": counts.seen - before.seen, "skipped": skipped})
+            if record["shard"] is not None:
+                written.append(Shard(uri, **record["shard"]))
         counts.finish()
     latents = write_index(written, target, storage=storage)
     return {
@@ -102,6 +105,30 @@ def encode_shards(
         "num_shards": len(written),
         "skipped": dict(counts.skipped),
     }
+
+
+def _encode_shard(
+    shard: Shard,
+    uri: str,
+    *,
+    parts: TextToImageParts,
+    storage: Storage,
+    batch_size: int,
+    with_text: bool,
+    counts: SampleCounts,
+    decode: Decode,
+    progress: Progress,
+) -> dict[str, Any]:
+    before = counts.copy()
+    samples = iterate_shard(shard, storage=storage, decode=decode, counts=counts)
+    encoded = list(_encoded(samples, parts, batch_size, with_text, progress))
+    skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
+    record: dict[str, Any] = {"shard": None, "seen": counts.seen - before.seen, "skipped": skipped}
+    # A shard without one sample that can be used is counted like the samples; how many may be is judged over all.
+    if encoded:
+        facts = asdict(write_shard(encoded, uri, storage=storage))
+        record["shard"] = {key: value for key, value in facts.items() if key != "uri"}
+    return record
 
 
 def _encoded(

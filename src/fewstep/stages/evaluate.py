@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ from torch import Tensor
 
 from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import read_index
-from fewstep.data.source import iterate_samples
+from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import ModelError
 from fewstep.evaluate.alignment import AlignmentScorer
-from fewstep.evaluate.compare import Comparison, compare
+from fewstep.evaluate.compare import Comparison, compare, row_specs
 from fewstep.evaluate.features import Lite0Features
 from fewstep.evaluate.report import ReportFiles, write_report
 from fewstep.evaluate.schema import StageUsage
-from fewstep.models import load_parts, read_student_info
+from fewstep.models import TextToImageParts, load_parts, read_student_info
 from fewstep.recipe import Recipe
-from fewstep.stages.context import StageContext, find_artifact
+from fewstep.stages.context import StageContext, find_artifact, pin_teacher
+from fewstep.stages.device import driver_device
+from fewstep.stages.memory import Usage
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -39,7 +43,11 @@ def evaluate(context: StageContext) -> dict[str, Any]:
         for name, found in before
         if found is not None
     ]
-    comparison = _compare(context, students)
+    with Usage() as own:
+        comparison = _compare(context, context.teacher(), students)
+    usage.append(StageUsage(name="evaluate", seconds=own.seconds, peak_memory_bytes=own.peak_memory_bytes))
+    error = context.artifact("guidance").facts["relative_error"]
+    comparison = replace(comparison, report=comparison.report.model_copy(update={"stage_one_relative_error": error}))
     files = write_report(comparison, context.out, stages=usage, title=f"fewstep · {recipe.name}")
     for file in (files.json, files.html, files.samples):
         storage.write_bytes(join(context.uri("evaluate"), file.name), file.read_bytes())
@@ -78,19 +86,24 @@ def evaluate_models(
     recipe = recipe.model_copy(update={"evaluate": settings})
     with tracker.run(f"evaluate {recipe.name}", key=f"evaluate/{recipe.digest()}/{'/'.join(students)}") as run:
         context = StageContext(recipe=recipe, storage=storage, tracker=tracker, run=run, parent=run.id, out=out)
-        return write_report(_compare(context, found), out, title=f"fewstep · {recipe.name}")
+        return write_report(_compare(context, pin_teacher(context), found), out, title=f"fewstep · {recipe.name}")
 
 
-def _compare(context: StageContext, students: Mapping[int, Path]) -> Comparison:
-    storage, settings = context.storage, context.recipe.evaluate
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_parts(context.teacher_folder()).to(device)
-    networks = {steps: load_parts(folder).to(device).unet for steps, folder in students.items()}
-    real, prompts = _read(storage, context.shards("evaluate"), teacher.resolution)
+def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Path]) -> Comparison:
+    recipe, settings = context.recipe, context.recipe.evaluate
+    device = driver_device(recipe.cluster)
+    teacher = load_parts(context.fetch(teacher_uri)).to(device)
+    networks = {}
+    for steps, folder in students.items():
+        student, info = load_parts(folder).to(device), read_student_info(folder)
+        _check_fits(student, teacher, str(folder))
+        if info is not None:
+            info.check(num_inference_steps=steps, guidance_scale=settings.guidance_scale)
+        networks[steps] = student.unet
+    real, prompts = _read(context, "evaluate", teacher.resolution)
     features = Lite0Features(num_threads=settings.num_threads)
-    unseen = _read(storage, context.shards("alignment"), teacher.resolution)
-    scorer = AlignmentScorer(image_features=features).fit(*unseen)
-    with Progress("evaluate", None, "rows") as progress:
+    scorer = AlignmentScorer(image_features=features).fit(*_read(context, "alignment", teacher.resolution))
+    with Progress("evaluate", len(row_specs(settings)), "rows") as progress:
         return compare(
             teacher=teacher,
             students=networks,
@@ -101,7 +114,22 @@ def _compare(context: StageContext, students: Mapping[int, Path]) -> Comparison:
             settings=settings,
             scorer=scorer,
             image_features=features,
-            progress=lambda message, done, total: progress.advance(),
+            progress=lambda message, done, total: progress.advance(done - progress.done),
+        )
+
+
+def _check_fits(student: TextToImageParts, teacher: TextToImageParts, name: str) -> None:
+    """Refuse a student of another teacher: sampled with this one's times and embeddings, its figures would be wrong."""
+    same = (
+        student.prediction_type == teacher.prediction_type
+        and torch.equal(student.schedule.alphas, teacher.schedule.alphas)
+        and student.latent_shape == teacher.latent_shape
+        and torch.allclose(student.encode_prompts(["a"]), teacher.encode_prompts(["a"]), atol=1e-3)
+    )
+    if not same:
+        raise ModelError(
+            f"the student in {name} was not made from the recipe's teacher: its schedule, prediction type, latents or "
+            "text encoder differ. Name the teacher that it was distilled from"
         )
 
 
@@ -115,7 +143,14 @@ _FIGURES = (
 )
 
 
-def _read(storage: Storage, uri: str, resolution: int) -> tuple[Tensor, list[str]]:
-    shards = read_index(uri, storage=storage).shards
-    samples = list(iterate_samples(shards, storage=storage, decode=partial(decode_picture, resolution=resolution)))
+#: Pictures read at most, whatever the shards hold: they are kept in memory, and the figures gain little beyond.
+_MAX_PICTURES = 10_000
+
+
+def _read(context: StageContext, split: str, resolution: int) -> tuple[Tensor, list[str]]:
+    shards = read_index(context.shards(split), storage=context.storage).shards
+    decode = partial(decode_picture, resolution=resolution)
+    counts = SampleCounts(context.recipe.stream.max_bad_share)
+    read = iterate_samples(shards, storage=context.storage, decode=decode, counts=counts)
+    samples = list(islice(read, _MAX_PICTURES))
     return torch.stack([sample["pixels"] for sample in samples]), [sample["caption"] for sample in samples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,15 +13,17 @@ from torch import nn
 
 from fewstep.data.latents import decode_latents
 from fewstep.data.shards import read_index
-from fewstep.data.source import iterate_samples
+from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.data.stream import stack_samples
 from fewstep.distill import GuidanceObjective, guided_relative_error
 from fewstep.distill.settings import GuidanceSettings
-from fewstep.models import StudentInfo, load_parts, save_student
+from fewstep.models import StudentInfo, TextToImageParts, load_parts, save_student
 from fewstep.stages.batches import latent_batches
-from fewstep.stages.context import StageContext, fetch_teacher, fingerprint, teacher_uri
+from fewstep.stages.context import StageContext, fingerprint
+from fewstep.stages.device import driver_device
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.job import TrainJob
 from fewstep.train.run import run_training
 
@@ -33,21 +36,20 @@ def guidance(context: StageContext) -> dict[str, Any]:
     settings = recipe.guidance
     assert settings is not None
     uri, latents = context.uri("guidance"), context.artifact("encode").uri
-    # Fetched once here, so that workers on this machine find it in the cache; elsewhere they fetch it themselves.
-    folder = str(fetch_teacher(recipe, storage, context.tracker))
+    teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
     info = StudentInfo(
         stage="guidance",
         num_inference_steps=None,
         w_min=settings.w_min,
         w_max=settings.w_max,
         guidance_scale=recipe.evaluate.guidance_scale,
-        teacher=teacher_uri(recipe, storage),
+        teacher=teacher.uri,
         fingerprint=fingerprint(recipe, "guidance"),
     )
     job = TrainJob(
         name="guidance",
         fingerprint=info.fingerprint,
-        objective=partial(_objective, settings, folder),
+        objective=partial(_objective, settings, teacher),
         batches=partial(
             latent_batches,
             join(latents, "train"),
@@ -56,13 +58,13 @@ def guidance(context: StageContext) -> dict[str, Any]:
             global_batch_size=settings.train.global_batch_size,
             seed=recipe.seed,
         ),
-        export=partial(export_student, folder, info),
+        export=partial(export_student, teacher, info),
         settings=settings.train,
         seed=recipe.seed,
     )
     context.run.log_params(settings)
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
-    errors = _relative_errors(context, folder, result.export_uri)
+    errors = _relative_errors(context, result.export_uri)
     context.run.log_metrics({f"relative_error_w_{w:g}": error for w, error in errors.items()}, step=result.updates)
     mean = sum(errors.values()) / len(errors)
     context.run.log_metrics({"relative_error": mean}, step=result.updates)
@@ -70,14 +72,27 @@ def guidance(context: StageContext) -> dict[str, Any]:
     return facts | {"relative_error_by_w": {f"{w:g}": error for w, error in errors.items()}}
 
 
-def export_student(teacher_folder: str, info: StudentInfo, network: nn.Module, folder: str) -> None:
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a worker, on whatever machine, gets the teacher from."""
+
+    uri: str
+    storage: Storage
+    tracking: TrackingSettings
+
+    def load(self) -> TextToImageParts:
+        """Return the teacher's parts, fetched if this machine does not have them."""
+        return load_parts(fetch_model(self.uri, storage=self.storage, tracking=self.tracking))
+
+
+def export_student(teacher: TeacherSource, info: StudentInfo, network: nn.Module, folder: str) -> None:
     """Write a student's diffusers folder; the `export` of the training jobs of both stages."""
     assert isinstance(network, UNet2DConditionModel)
-    save_student(folder, load_parts(teacher_folder), network, info)
+    save_student(folder, teacher.load(), network, info)
 
 
-def _objective(settings: GuidanceSettings, teacher_folder: str, device: torch.device) -> GuidanceObjective:
-    parts = load_parts(teacher_folder).to(device)
+def _objective(settings: GuidanceSettings, source: TeacherSource, device: torch.device) -> GuidanceObjective:
+    parts = source.load().to(device)
     return GuidanceObjective(
         parts.unet,
         null_embedding=parts.encode_prompts([""]),
@@ -90,11 +105,11 @@ def _objective(settings: GuidanceSettings, teacher_folder: str, device: torch.de
     )
 
 
-def _relative_errors(context: StageContext, teacher_folder: str, student_uri: str) -> dict[float, float]:
+def _relative_errors(context: StageContext, student_uri: str) -> dict[float, float]:
     settings = context.recipe.guidance
     assert settings is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load_parts(teacher_folder).to(device)
+    device = driver_device(context.recipe.cluster)
+    teacher = load_parts(context.fetch(context.teacher())).to(device)
     student = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
     samples = held_out_samples(
         context.storage, join(context.artifact("encode").uri, "evaluate"), settings.num_validation
@@ -124,4 +139,6 @@ def _relative_errors(context: StageContext, teacher_folder: str, student_uri: st
 def held_out_samples(storage: Storage, uri: str, count: int) -> list[dict[str, Any]]:
     """Return the first samples of the latent shards below `uri`."""
     shards = read_index(uri, storage=storage).shards
-    return list(islice(iterate_samples(shards, storage=storage, decode=decode_latents), count))
+    # What cannot be used was counted when the latents were made.
+    counts = SampleCounts(max_bad_share=1.0)
+    return list(islice(iterate_samples(shards, storage=storage, decode=decode_latents, counts=counts), count))

@@ -12,8 +12,9 @@ from fewstep.diffusion import ddim
 from fewstep.distill import LossWeight, ProgressiveObjective
 from fewstep.models import StudentInfo, initial_noise, load_parts, student_model
 from fewstep.stages.batches import latent_batches
-from fewstep.stages.context import StageContext, fetch_teacher, rung_fingerprint, teacher_uri
-from fewstep.stages.guidance import export_student, held_out_samples
+from fewstep.stages.context import StageContext, rung_fingerprint
+from fewstep.stages.device import driver_device
+from fewstep.stages.guidance import TeacherSource, export_student, held_out_samples
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob
@@ -28,7 +29,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
     settings = recipe.progressive
     assert settings is not None
     assert recipe.guidance is not None
-    folder = str(fetch_teacher(recipe, storage, context.tracker))
+    teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
     latents = join(context.artifact("encode").uri, "train")
     before = join(context.artifact("guidance").uri, "export")
     students: dict[str, Any] = {}
@@ -39,7 +40,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
             w_min=recipe.guidance.w_min,
             w_max=recipe.guidance.w_max,
             guidance_scale=recipe.evaluate.guidance_scale,
-            teacher=teacher_uri(recipe, storage),
+            teacher=teacher.uri,
             fingerprint=rung_fingerprint(recipe, steps),
         )
         train = settings.rung(steps)
@@ -57,7 +58,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
                 # Another order for each rung: the first samples are no more seen than the others.
                 seed=recipe.seed + steps,
             ),
-            export=partial(export_student, folder, info),
+            export=partial(export_student, teacher, info),
             settings=train,
             seed=recipe.seed + steps,
         )
@@ -91,17 +92,18 @@ def _objective(
 
 def _grid(context: StageContext, student_uri: str, steps: int) -> Image.Image:
     """Return 4 × 4 pictures of the first held-out prompts, each from its own fixed noise."""
-    parts = load_parts(fetch_model(student_uri, storage=context.storage))
+    device = driver_device(context.recipe.cluster)
+    parts = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
     held_out = held_out_samples(context.storage, join(context.artifact("encode").uri, "evaluate"), _GRID_PROMPTS)
     embeddings = parts.encode_prompts([sample["caption"] for sample in held_out])
     latents = ddim(
         student_model(parts.unet, embeddings, context.recipe.evaluate.guidance_scale - 1),
-        initial_noise(range(len(held_out)), parts.latent_shape),
+        initial_noise(range(len(held_out)), parts.latent_shape, device=device),
         schedule=parts.schedule,
         prediction_type=parts.prediction_type,
         num_inference_steps=steps,
     )
-    pictures = parts.decode(latents).permute(0, 2, 3, 1).numpy()
+    pictures = parts.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
     side = parts.resolution
     sheet = Image.new("RGB", (4 * side, 4 * side), "white")
     for number, picture in enumerate(pictures):

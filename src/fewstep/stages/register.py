@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.evaluate.gate import decide
 from fewstep.evaluate.report import read_report
-from fewstep.stages.context import StageContext, fingerprint, teacher_uri
+from fewstep.stages.context import StageContext, fingerprint
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.registry import Registry
@@ -43,7 +43,7 @@ def register(context: StageContext) -> dict[str, Any]:
             params=recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}),
             tags={
                 "num_inference_steps": str(steps),
-                "teacher": teacher_uri(recipe, storage),
+                "teacher": context.teacher(),
                 "data_digest": data["source_digest"],
                 "fingerprint": trained[str(steps)]["fingerprint"],
                 "recipe": recipe.name,

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import read_index
-from fewstep.data.source import iterate_samples
+from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.distill import AutoencoderObjective, DenoisingObjective, TextToImageNetwork
 from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, load_parts
 from fewstep.recipe import TeacherStage, digest
 from fewstep.stages.batches import latent_batches, picture_batches
 from fewstep.stages.context import StageContext, autoencoder_fingerprint, fingerprint
+from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_shards
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -27,6 +28,8 @@ from fewstep.train.job import TrainJob, TrainResult
 from fewstep.train.run import run_training
 
 _LATENT_SAMPLES = 2048
+#: Written beside a folder after its last file: one that was cut short is stored again.
+_STORED = ".stored"
 
 
 def teacher(context: StageContext) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
         facts["autoencoder"] = vae.to_json()
         _store_fresh(context, settings, vae.export_uri, begin, shards)
         latents = join(autoencoder_uri, "latents")
-    parts = load_parts(fetch_model(begin, storage=context.storage)).to("cuda" if torch.cuda.is_available() else "cpu")
+    parts = load_parts(fetch_model(begin, storage=context.storage)).to(driver_device(recipe.cluster))
     encode_shards(
         shards,
         latents,
@@ -112,10 +115,11 @@ def _train_autoencoder(context: StageContext, settings: TeacherStage, shards: st
 
 
 def _store_init(context: StageContext, init: str, begin: str) -> None:
-    if not context.storage.exists(join(begin, "model_index.json")):
+    if not context.storage.exists(begin + _STORED):
         folder = fetch_model(init, storage=context.storage, tracking=context.tracker)
         load_parts(folder)  # an incomplete model is told now, not by a worker
         context.storage.upload_folder(folder, begin)
+        context.storage.write_bytes(begin + _STORED, b"")
 
 
 def _train(context: StageContext, job: TrainJob, uri: str) -> TrainResult:
@@ -144,7 +148,7 @@ def _export_vae(network: nn.Module, folder: str) -> None:
 def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, begin: str, shards: str) -> None:
     """Store the teacher as it is before its training: the VAE with its latents scaled to unit variance, the tokenizer
     learned from the captions, and fresh networks. Workers begin from this folder, so that all begin alike."""
-    if context.storage.exists(join(begin, "model_index.json")):
+    if context.storage.exists(begin + _STORED):
         return
     vae = AutoencoderKL.from_pretrained(str(fetch_model(vae_uri, storage=context.storage)))
     resolution = settings.autoencoder.resolution
@@ -152,7 +156,8 @@ def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, be
     captions: list[str] = []
     pixels: list[Tensor] = []
     decode = partial(decode_picture, resolution=resolution)
-    for sample in iterate_samples(index.shards, storage=context.storage, decode=decode):
+    counts = SampleCounts(context.recipe.stream.max_bad_share)
+    for sample in iterate_samples(index.shards, storage=context.storage, decode=decode, counts=counts):
         captions.append(sample["caption"])
         if len(pixels) < _LATENT_SAMPLES:
             pixels.append(sample["pixels"])
@@ -168,6 +173,7 @@ def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, be
         scheduler_config=SCHEDULER_CONFIG,
     )
     _upload(parts, begin, context.storage)
+    context.storage.write_bytes(begin + _STORED, b"")
 
 
 @torch.no_grad()

@@ -134,15 +134,16 @@ class Registry:
     def promote(self, name: str, version: int, *, passed: bool, reason: str) -> str:
         """Makes `version` the champion if it `passed` the gate, else a candidate; the alias given.
 
-        A version that becomes champion is no longer a candidate; a failed one leaves the champion as it is.
+        A version that becomes champion is no longer a candidate, and the other way round; a failed one leaves another
+        version that is champion as it is.
         """
-        alias = CHAMPION if passed else CANDIDATE
+        alias, other = (CHAMPION, CANDIDATE) if passed else (CANDIDATE, CHAMPION)
         self.set_alias(name, alias, version, reason=reason)
-        if passed:
-            candidate = self.find(f"models:/{name}@{CANDIDATE}")
-            if candidate is not None and candidate.version == version:
-                with failures(f"take alias {CANDIDATE!r} from {name!r}", self._tracker.settings):
-                    self._client.delete_registered_model_alias(name, CANDIDATE)
+        # A version has one of the two: one that fails a stricter gate than before is no longer served.
+        had = self.find(f"models:/{name}@{other}")
+        if had is not None and had.version == version:
+            with failures(f"take alias {other!r} from {name!r}", self._tracker.settings):
+                self._client.delete_registered_model_alias(name, other)
         return alias
 
     def find(self, uri: str) -> RegisteredModel | None:

@@ -48,6 +48,7 @@ def run_training(
     """
     result = finished_result(job, storage=storage, uri=uri)
     if result is not None:
+        _drop_checkpoints(job, storage, uri)  # a process that was killed just after its end left them
         return result
     if job.settings.global_batch_size % cluster.num_workers:
         raise FewstepError(
@@ -65,9 +66,13 @@ def run_training(
             f"{job.name}: the training was stopped before its end; its last checkpoint is in "
             f"{join(uri, 'checkpoints')}. Run the same command again to go on from there"
         )
+    _drop_checkpoints(job, storage, uri)
+    return result
+
+
+def _drop_checkpoints(job: TrainJob, storage: Storage, uri: str) -> None:
     if not job.settings.keep_checkpoints_when_done:
         storage.delete(join(uri, "checkpoints"), recursive=True)
-    return result
 
 
 def finished_result(job: TrainJob, *, storage: Storage, uri: str) -> TrainResult | None:

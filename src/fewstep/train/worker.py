@@ -73,12 +73,22 @@ def run_worker(config: dict[str, Any]) -> None:
             # Written last: with it the training counts as done.
             done = {"fingerprint": task.job.fingerprint, "tags": task.job.tags, "result": result.to_json()}
             task.storage.write_json(join(task.uri, RESULT_NAME), done)
-    except FewstepError as error:
+    except (FewstepError, torch.OutOfMemoryError) as raised:
+        error = raised if isinstance(raised, FewstepError) else _out_of_memory(raised, task.job, host.world_size)
         ray.get(board.fail.remote(error))
         if host.world_size > 1:
             raise  # the other workers wait in a collective: only the end of the group frees them
     finally:
         host.close()
+
+
+def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> FewstepError:
+    batch_size = job.settings.global_batch_size
+    return FewstepError(
+        f"{job.name}: the GPU's memory is full ({str(error).splitlines()[0]}). A worker has {batch_size // world_size} "
+        f"of global_batch_size={batch_size} at once, in {job.settings.precision}: take more workers "
+        "(cluster.num_workers), a smaller global_batch_size, or precision: bfloat16"
+    )
 
 
 def _log_to(board: Any) -> None:

@@ -27,7 +27,7 @@ class EmojiSettings(BaseModel):
 
     resolution: int = Field(32, ge=16, le=512, description="side of the pictures in pixels")
     num_train: int = Field(6000, ge=1, description="scenes of training concepts")
-    num_evaluate: int = Field(512, ge=1, description="scenes of held-out concepts, for evaluation alone")
+    num_evaluate: int = Field(1200, ge=1, description="scenes of held-out concepts, for evaluation alone")
     num_alignment: int = Field(2000, ge=1, description="further scenes, to fit the scorer of text alignment with")
     samples_per_shard: int = Field(500, ge=1, description="samples in one tar")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="share of concepts held out from all training")

@@ -5,34 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from fewstep.errors import ModelError
 from fewstep.recipe import Recipe
 from fewstep.serve.server import RunningServer, run_server
 from fewstep.serve.settings import ServeSettings
+from fewstep.tracking.fetch import ASSETS
 from fewstep.tracking.registry import Registry
-from fewstep.tracking.settings import TrackingSettings
+from fewstep.tracking.settings import TrackingSettings, fewstep_home
 from fewstep.tracking.tracker import Tracker
 from fewstep.train.cluster import local_ray
 from fewstep.train.settings import ClusterSettings
 from fewstep.workplace import open_workplace
 
-#: The students that ship with fewstep; the first is the default among them.
-SHIPPED_STUDENTS = ("asset:emoji-student-4", "asset:emoji-student-2", "asset:emoji-student-1")
-
+#: Packaged students in the order of preference; the first that is there is the default of `fewstep serve`.
+_PACKAGED = ("emoji-student-4", "emoji-student-2", "emoji-student-1", "emoji-student-8")
 _DEMO_NAME = "fewstep-demo"
 
 
 def default_models(recipe: Recipe | None = None) -> tuple[str, ...]:
     """Return what is served when no model is named: the recipe's (or the demo's) champion and its siblings for other
-    step counts, as far as there are any, else the shipped students."""
+    step counts, as far as there are any, else the students that ship with fewstep.
+
+    Raises:
+        ModelError: there is neither.
+    """
     tracking = recipe.tracking if recipe else TrackingSettings()
     database = tracking.sqlite_path()
     if database is not None and not database.exists():
-        return SHIPPED_STUDENTS
+        return _shipped_students()
     name = recipe.register_.name if recipe else _DEMO_NAME
     registry = Registry(Tracker.open(tracking))
     names = [name, *sorted(other for other in registry.names() if other.startswith(f"{name}-"))]
     champions = [f"models:/{each}@champion" for each in names if registry.get_champion(each) is not None]
-    return tuple(champions) or SHIPPED_STUDENTS
+    return tuple(champions) or _shipped_students()
+
+
+def _shipped_students() -> tuple[str, ...]:
+    found = tuple(f"asset:{name}" for name in _PACKAGED if (ASSETS / name).is_dir())
+    if not found:
+        raise ModelError(
+            f"there is no student to serve: {fewstep_home()} has no registered champion. Run `make demo` first, or "
+            "name a MODEL, for example models:/NAME@candidate"
+        )
+    return found
 
 
 @contextmanager

@@ -119,6 +119,9 @@ def test_champion_changes_only_through_the_gate(tracker: Tracker, student: Path)
     assert registry.get("models:/gate/2").aliases == ("champion",)
     assert registry.find("models:/gate@candidate") is None
     assert registry.get("models:/gate/1").aliases == ()
+    assert registry.promote("gate", versions[1], passed=False, reason="the gate was narrowed") == "candidate"
+    assert registry.get_champion("gate") is None
+    assert registry.get("models:/gate/2").aliases == ("candidate",)
 
 
 def test_upload_that_fails_leaves_no_version(tracker: Tracker, student: Path, storage: Storage):

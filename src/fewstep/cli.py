@@ -229,7 +229,7 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
     Held-out shards, teacher and settings come from the recipe; each of STUDENTS is a MODEL that says itself how many
     steps it was made for. The stages before `encode` must have run.
 
-    Example: fewstep evaluate workflows/recipes/emoji.yaml asset:emoji-student-4 --out runs/compare
+    Example: fewstep evaluate workflows/recipes/demo.yaml models:/fewstep-demo@champion --out runs/compare
     """
     from fewstep.recipe import load_recipe
     from fewstep.stages.evaluate import evaluate_models

@@ -59,7 +59,6 @@ def test_sample_makes_the_calls_of_the_sampler(tmp_path: Path) -> None:
     ours = [(name, shape) for name, shape, _ in made]
     made.clear()
     bare.run()
-    # diffusers decodes picture by picture or at once; transformers passes token ids by position: all seen by the hooks.
     assert [(name, shape) for name, shape, _ in made] == ours
     assert [name for name, _ in ours] == ["text", "unet", "unet", "unet", "decoder"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,3 +67,35 @@ def tiny_student_folder(folder: Path, *, num_inference_steps: int = 4, seed: int
     )
     save_student(folder, teacher, unet.eval(), info)
     return folder
+
+
+def tiny_recipe(teacher: Path, *, name: str, **changes: Any) -> dict[str, Any]:
+    """Return a recipe of all stages that runs in about a minute; `changes` replace whole keys."""
+    train = {"global_batch_size": 16, "learning_rate": 1e-3, "checkpoint_every": 4, "log_every": 2}
+    return {
+        "name": name,
+        "stages": ["prepare", "encode", "guidance", "progressive", "evaluate", "register"],
+        "teacher": str(teacher),
+        "prepare": {
+            "resolution": 16,
+            "num_train": 96,
+            "num_evaluate": 48,
+            "num_alignment": 48,
+            "samples_per_shard": 24,
+            "categories": ["food-and-drink"],
+        },
+        "stream": {"num_streams": 4},
+        "cluster": {"num_cpus": 2, "cpus_per_worker": 1},
+        "guidance": {"embedding_dim": 16, "num_validation": 16, "train": {**train, "updates": 8}},
+        "progressive": {"ladder": [2, 1], "train": {**train, "updates": 4}},
+        "evaluate": {
+            "num_prompts": 40,
+            "steps": [2, 1],
+            "num_bootstrap": 100,
+            "reference_steps": 4,
+            "guidance_scale": 3.0,
+            "num_threads": 1,
+        },
+        "register": {"name": name, "num_inference_steps": 2, "gate": {"max_kid_ratio": 100, "min_num_images": 10}},
+        **changes,
+    }

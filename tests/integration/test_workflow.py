@@ -27,40 +27,9 @@ from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_stage, run_workflow
 from fewstep.workplace import Workplace
-from tiny import tiny_teacher_folder
+from tiny import tiny_recipe, tiny_teacher_folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def tiny_recipe(teacher: Path, *, name: str, **changes: Any) -> dict[str, Any]:
-    train = {"global_batch_size": 16, "learning_rate": 1e-3, "checkpoint_every": 4, "log_every": 2}
-    return {
-        "name": name,
-        "stages": ["prepare", "encode", "guidance", "progressive", "evaluate", "register"],
-        "teacher": str(teacher),
-        "prepare": {
-            "resolution": 16,
-            "num_train": 96,
-            "num_evaluate": 48,
-            "num_alignment": 48,
-            "samples_per_shard": 24,
-            "categories": ["food-and-drink"],
-        },
-        "stream": {"num_streams": 4},
-        "cluster": {"num_cpus": 2, "cpus_per_worker": 1},
-        "guidance": {"embedding_dim": 16, "num_validation": 16, "train": {**train, "updates": 8}},
-        "progressive": {"ladder": [2, 1], "train": {**train, "updates": 4}},
-        "evaluate": {
-            "num_prompts": 40,
-            "steps": [2, 1],
-            "num_bootstrap": 100,
-            "reference_steps": 4,
-            "guidance_scale": 3.0,
-            "num_threads": 1,
-        },
-        "register": {"name": name, "num_inference_steps": 2, "gate": {"max_kid_ratio": 100, "min_num_images": 10}},
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")

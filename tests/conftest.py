@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -25,3 +26,14 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
 def bucket_uri(storage: Storage) -> str:
     """A folder in the bucket that no other test uses."""
     return join(storage.root, f"test-{next(_numbers)}")
+
+
+@pytest.fixture(autouse=True)
+def loggers_that_speak() -> None:
+    """Undo what libraries in the same process do to our loggers, so that `caplog` hears them whatever ran before."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "fewstep" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)

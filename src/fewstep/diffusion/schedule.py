@@ -12,6 +12,16 @@ from torch import Tensor
 
 from fewstep.errors import ModelError
 
+#: What a diffusers scheduler configuration says of its noise schedule.
+BETA_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
 #: The time before index 0: the clean picture, alpha = 1 and sigma = 0 (diffusers: `set_alpha_to_one=true`).
 CLEAN = -1
 
@@ -36,21 +46,13 @@ class NoiseSchedule:
         Raises:
             ModelError: the configuration is not that of a variance-preserving beta schedule.
         """
-        known = (
-            "num_train_timesteps",
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "trained_betas",
-            "rescale_betas_zero_snr",
-        )
         if "num_train_timesteps" not in config or not ("beta_schedule" in config or config.get("trained_betas")):
             raise ModelError(
                 f"the scheduler configuration ({config.get('_class_name', 'no class name')}) names no beta schedule: "
                 "num_train_timesteps and beta_schedule (or trained_betas) are needed; "
                 "save the teacher with a DDIM, PNDM, DPM-Solver or Euler scheduler"
             )
-        settings = {key: config[key] for key in known if config.get(key) is not None}
+        settings = {key: config[key] for key in BETA_KEYS if config.get(key) is not None}
         # Building diffusers' own scheduler keeps every named beta schedule and the rescaling exactly as it has them.
         try:
             alphas_cumprod = DDIMScheduler(**settings).alphas_cumprod.double()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fewstep.diffusion import NoiseSchedule, ddim
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.samplers import Model
+from fewstep.diffusion.schedule import BETA_KEYS
 from fewstep.errors import ModelError, SamplingError
 from fewstep.models import guided_model, student_model
 
@@ -197,15 +198,7 @@ def dpm_solver(
             "prediction_type='epsilon' with rescale_betas_zero_snr=true cannot be sampled from pure noise "
             "(alpha is 0 there); convert the teacher to v_prediction first"
         )
-    names = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    betas = {name: scheduler_config[name] for name in names if scheduler_config.get(name) is not None}
+    betas = {name: scheduler_config[name] for name in BETA_KEYS if scheduler_config.get(name) is not None}
     return DPMSolverMultistepScheduler(
         **betas,
         prediction_type=prediction_type,

@@ -9,7 +9,14 @@ from typing import Any, get_args
 import pytest
 
 from fewstep.recipe import Recipe, StageName, parse_recipe
-from fewstep.stages.context import fingerprint, rung_fingerprint
+from fewstep.stages.context import (
+    fingerprint,
+    guidance_fingerprint,
+    latents_fingerprint,
+    rung_fingerprint,
+    shards_uri,
+)
+from fewstep.storage import Storage
 
 STAGES: tuple[StageName, ...] = ("prepare", "encode", "guidance", "progressive", "evaluate", "register")
 
@@ -50,6 +57,20 @@ def _changed(before: Recipe, after: Recipe) -> set[str]:
     return {stage for stage in STAGES if fingerprint(before, stage) != fingerprint(after, stage)}
 
 
+def _rungs(recipe: Recipe) -> dict[int, str]:
+    """Return the fingerprints of the trainings: 0 is stage one, the others are the rungs."""
+    assert recipe.progressive is not None
+    prints = {0: guidance_fingerprint(recipe, teacher_digest="t", latents_digest="l")}
+    for steps in recipe.progressive.ladder:
+        prints[steps] = rung_fingerprint(recipe, steps, before=list(prints.values())[-1])
+    return prints
+
+
+def _retrained(before: Recipe, after: Recipe) -> set[int]:
+    old, new = _rungs(before), _rungs(after)
+    return {steps for steps in old if old[steps] != new.get(steps)}
+
+
 def test_every_stage_has_its_own_fingerprint_and_keeps_it(teacher: Path) -> None:
     recipe = _recipe(teacher)
     prints = [fingerprint(recipe, stage) for stage in STAGES]
@@ -72,7 +93,7 @@ def test_every_stage_has_its_own_fingerprint_and_keeps_it(teacher: Path) -> None
 def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: dict[str, Any]) -> None:
     before, after = _recipe(teacher), _recipe(teacher, **changes)
     assert _changed(before, after) == set()
-    assert [rung_fingerprint(before, n) for n in (8, 4, 2, 1)] == [rung_fingerprint(after, n) for n in (8, 4, 2, 1)]
+    assert _retrained(before, after) == set()
 
 
 @pytest.mark.parametrize(
@@ -96,24 +117,74 @@ def test_a_change_reaches_its_stage_and_those_after_it(teacher: Path, changes: d
     assert _changed(_recipe(teacher), _recipe(teacher, **changes)) == expected
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prepare__num_evaluate": 5000, "prepare__num_alignment": 5000},
+        {"data__evaluate": "s3://b/evaluate", "data__alignment": "s3://b/alignment"},
+        {"evaluate__guidance_scale": 3.0, "evaluate__num_prompts": 100},
+        {"guidance__num_validation": 9},
+        {"register__name": "other"},
+    ],
+    ids=str,
+)
+def test_evaluating_otherwise_trains_nothing_anew(teacher: Path, storage: Storage, changes: dict[str, Any]) -> None:
+    before, after = _recipe(teacher), _recipe(teacher, **changes)
+    assert _retrained(before, after) == set()
+    assert shards_uri(before, storage, "train") == shards_uri(after, storage, "train")
+    assert latents_fingerprint(before, "train", teacher_digest="t") == latents_fingerprint(
+        after, "train", teacher_digest="t"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"guidance__w_max": 5.0},
+        {"guidance__train__updates": 11},
+        {"stream__shuffle_shards": 7},
+        {"guidance__loss_weight": "snr"},
+    ],
+    ids=str,
+)
+def test_what_stage_one_depends_on_trains_everything_anew(teacher: Path, changes: dict[str, Any]) -> None:
+    assert _retrained(_recipe(teacher), _recipe(teacher, **changes)) == {0, 8, 4, 2, 1}
+
+
+def test_other_data_or_another_teacher_trains_everything_anew(teacher: Path) -> None:
+    recipe = _recipe(teacher)
+    prints = {
+        guidance_fingerprint(recipe, teacher_digest=model, latents_digest=data) for model in "ab" for data in "cd"
+    }
+    assert len(prints) == 4
+    names = {
+        latents_fingerprint(recipe, split, teacher_digest=model) for split in ("train", "evaluate") for model in "ab"
+    }
+    assert len(names) == 4
+    more = _recipe(teacher, prepare__num_train=100)
+    assert latents_fingerprint(recipe, "train", teacher_digest="a") != latents_fingerprint(
+        more, "train", teacher_digest="a"
+    )
+
+
 @pytest.mark.parametrize("rung", [8, 4, 2, 1])
 def test_a_rungs_updates_change_that_rung_and_the_later_ones(teacher: Path, rung: int) -> None:
     before, after = _recipe(teacher), _recipe(teacher, progressive__updates={rung: 20})
-    changed = [n for n in (8, 4, 2, 1) if rung_fingerprint(before, n) != rung_fingerprint(after, n)]
-    assert changed == [n for n in (8, 4, 2, 1) if n <= rung]
+    assert _retrained(before, after) == {n for n in (8, 4, 2, 1) if n <= rung}
 
 
 def test_saying_a_rungs_updates_twice_is_no_change(teacher: Path) -> None:
     before, after = _recipe(teacher), _recipe(teacher, progressive__updates={4: 10})
-    assert rung_fingerprint(before, 4) == rung_fingerprint(after, 4)
+    assert _retrained(before, after) == set()
 
 
 def test_a_longer_ladder_keeps_no_rung_and_a_shorter_one_keeps_its_beginning(teacher: Path) -> None:
     before = _recipe(teacher)
     shorter = _recipe(teacher, progressive__ladder=[8, 4])
     longer = _recipe(teacher, progressive__ladder=[16, 8, 4, 2, 1])
-    assert [rung_fingerprint(shorter, n) for n in (8, 4)] == [rung_fingerprint(before, n) for n in (8, 4)]
-    assert rung_fingerprint(longer, 8) != rung_fingerprint(before, 8)
+    assert _retrained(before, shorter) == {2, 1}
+    assert _retrained(before, longer) == {8, 4, 2, 1}
 
 
 @pytest.mark.parametrize("file", ["unet/model.safetensors", "unet/config.json", "tokenizer/merges.txt"])

@@ -120,7 +120,7 @@ def test_recipe_that_has_encoded_uses_its_own_shards_and_teacher(storage: Storag
         for s in range(2)
     ]
     write_index(shards, join(uri, "train"), storage=storage)
-    storage.write_json(join(uri, "done.json"), {"fingerprint": "x"})
+    storage.write_json(join(uri, "done.json"), {"fingerprint": "x", "facts": {"train": {"uri": join(uri, "train")}}})
 
     workload = recipe_train_workload(loaded, "guidance", storage)
     assert workload.data == f"latent shards in {uri}/train"

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from openai import BadRequestError, OpenAI
 from PIL import Image
 
+from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact, find_artifact
 from fewstep.storage import Storage
@@ -128,6 +129,37 @@ def test_second_run_skips_everything_and_brings_the_report_back(
     assert again["register"].facts == artifacts["register"].facts
     assert time.monotonic() - started < 10
     assert (tmp_path / "report.html").exists()
+
+
+def test_evaluating_more_prompts_at_another_scale_trains_nothing_anew(
+    artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace, tmp_path: Path
+) -> None:
+    prepare, evaluate = recipe.prepare, recipe.evaluate
+    assert prepare is not None
+    more = recipe.model_copy(
+        update={
+            "prepare": prepare.model_copy(update={"num_evaluate": prepare.num_evaluate + 8}),
+            "evaluate": evaluate.model_copy(update={"num_prompts": evaluate.num_prompts + 8, "guidance_scale": 2.0}),
+        }
+    )
+    again = run_workflow(more, workplace, out=tmp_path)
+    for stage in ("prepare", "encode", "guidance", "progressive", "evaluate"):
+        assert again[stage].fingerprint != artifacts[stage].fingerprint
+    assert again["encode"].facts["train"] == artifacts["encode"].facts["train"]
+    assert again["encode"].facts["evaluate"]["num_samples"] == prepare.num_evaluate + 8
+    assert again["guidance"].facts["training"] == artifacts["guidance"].facts["training"]
+    assert again["progressive"].facts == artifacts["progressive"].facts
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {row["num_images"] for row in report["results"]} == {evaluate.num_prompts + 8}
+
+    registry = Registry(workplace.tracker)
+    first = artifacts["register"].facts["models"]["tiny-workflow"]["version"]
+    second = again["register"].facts["models"]["tiny-workflow"]["version"]
+    scales = [
+        read_student_info(registry.download_model(f"models:/tiny-workflow/{version}")).guidance_scale  # type: ignore[union-attr]
+        for version in (first, second)
+    ]
+    assert scales == [evaluate.guidance_scale, 2.0]
 
 
 def test_the_registered_student_answers_over_http(

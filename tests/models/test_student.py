@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fewstep.errors import ModelError, SamplingError
 from fewstep.models import (
     StudentInfo,
     TextToImageParts,
+    copy_student,
     copy_unet,
     guidance_embedding,
     load_parts,
@@ -23,6 +25,7 @@ from fewstep.models import (
     student_model,
     student_scheduler_config,
 )
+from tiny import tiny_student_folder
 
 INFO = StudentInfo(
     stage="progressive",
@@ -156,3 +159,16 @@ def test_a_student_of_stage_one_takes_any_step_count() -> None:
     stage_one = StudentInfo("guidance", None, 0.0, 4.0, 3.0, "tiny", "test")
     for steps in (1, 3, 50):
         stage_one.check(num_inference_steps=steps, guidance_scale=5.0)
+
+
+def test_a_copied_student_says_other_things_and_has_the_same_weights(tmp_path: Path) -> None:
+    folder = tiny_student_folder(tmp_path / "student", num_inference_steps=4)
+    info = read_student_info(folder)
+    assert info is not None
+    said = (folder / "fewstep.json").read_text()
+    copy_student(folder, tmp_path / "copy", replace(info, guidance_scale=3.0))
+    copied = read_student_info(tmp_path / "copy")
+    assert copied == replace(info, guidance_scale=3.0)
+    assert (folder / "fewstep.json").read_text() == said
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "copy" / weights).read_bytes() == (folder / weights).read_bytes()

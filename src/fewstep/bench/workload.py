@@ -102,7 +102,7 @@ def recipe_train_workload(recipe: Recipe, stage: Stage, storage: Storage) -> Tra
     return TrainWorkload(
         name=recipe.name,
         network=network,
-        data=f"latent shards in {encoded.uri}/train"
+        data=f"latent shards in {encoded.facts['train']['uri']}"
         if encoded is not None
         else "synthetic latents in memory, as the encode stage has not run: the data wait says nothing of a store",
         unet_config={key: value for key, value in unet_config.items() if not key.startswith("_")},
@@ -114,7 +114,7 @@ def recipe_train_workload(recipe: Recipe, stage: Stage, storage: Storage) -> Tra
         w_min=recipe.guidance.w_min,
         w_max=recipe.guidance.w_max,
         embedding_dim=recipe.guidance.embedding_dim,
-        batches=None if encoded is None else partial(_stored_batches, recipe, storage, join(encoded.uri, "train")),
+        batches=None if encoded is None else partial(_stored_batches, recipe, storage, encoded.facts["train"]["uri"]),
     )
 
 

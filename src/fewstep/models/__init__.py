@@ -5,6 +5,7 @@ from fewstep.models.parts import TextToImageParts, load_parts
 from fewstep.models.sampling import guided_model, initial_noise, student_model
 from fewstep.models.student import (
     StudentInfo,
+    copy_student,
     copy_unet,
     guidance_embedding,
     make_student,
@@ -19,6 +20,7 @@ __all__ = [
     "StudentInfo",
     "TeacherArchitecture",
     "TextToImageParts",
+    "copy_student",
     "copy_unet",
     "guidance_embedding",
     "guided_model",

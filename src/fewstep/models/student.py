@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,19 @@ def save_student(folder: Path | str, teacher: TextToImageParts, unet: UNet2DCond
     parts = replace(teacher, unet=unet, scheduler_config=student_scheduler_config(teacher.scheduler_config))
     parts.save(folder)
     (Path(folder) / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+
+
+def copy_student(folder: Path | str, target: Path | str, info: StudentInfo) -> None:
+    """Write a student's folder a second time, saying other things of itself; weights are linked where they can be."""
+    shutil.copytree(folder, target, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(INFO_FILE))
+    (Path(target) / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def read_student_info(folder: Path | str) -> StudentInfo | None:

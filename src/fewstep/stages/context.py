@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fewstep.data.emoji.dataset import SPLITS, Split
 from fewstep.errors import FewstepError
 from fewstep.models import load_parts
 from fewstep.recipe import Recipe, StageName, digest
@@ -19,7 +20,7 @@ from fewstep.tracking.tracker import Run, Tracker
 DONE = "done.json"
 
 #: Raised when a stage changes what it makes of the same settings, so that older artifacts are made again.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,25 @@ class StageContext:
             )
         return found
 
-    def shards(self, split: str) -> str:
+    def shards(self, split: Split) -> str:
         """Return the URI of the picture shards of a split: train, evaluate or alignment.
 
         Raises:
             FewstepError: the recipe names none and has no prepare stage.
         """
-        named = getattr(self.recipe.data, split)
-        if named is not None:
-            return str(named)
-        if "prepare" not in self.recipe.stages:
+        if getattr(self.recipe.data, split) is None and "prepare" not in self.recipe.stages:
             raise FewstepError(f"the recipe names no data.{split}: add the URI of webdataset shards under that key")
-        return join(self.artifact("prepare").uri, split)
+        if getattr(self.recipe.data, split) is None:
+            self.artifact("prepare")  # it has run
+        return shards_uri(self.recipe, self.storage, split)
 
     def teacher(self) -> str:
         """Return the URI of the teacher whose latents and embeddings the encode stage stored."""
         return str(self.artifact("encode").facts["teacher"])
+
+    def latents(self, split: Literal["train", "evaluate"]) -> str:
+        """Return the URI of the latent shards that the encode stage made of a split."""
+        return str(self.artifact("encode").facts[split]["uri"])
 
     def fetch(self, uri: str) -> Path:
         """Return a local folder of a MODEL."""
@@ -119,9 +123,15 @@ def pin_teacher(context: StageContext) -> str:
     folder = Path(uri).expanduser()
     if "://" not in uri and not uri.startswith("asset:") and folder.is_dir():
         load_parts(folder)  # an incomplete model is told before it is stored
-        uri = join(context.uri("encode"), "teacher")
+        uri = join(context.storage.root, "teachers", folder_digest(folder)[:16])
         context.storage.upload_folder(folder, uri)
     return uri
+
+
+def shards_uri(recipe: Recipe, storage: Storage, split: Split) -> str:
+    """Return where the picture shards of a split lie: where the recipe says, or where prepare puts them."""
+    named = getattr(recipe.data, split)
+    return str(named) if named is not None else join(storage.root, "shards", split, _split(recipe, split)[:16])
 
 
 def stage_uri(recipe: Recipe, storage: Storage, stage: StageName) -> str:
@@ -144,15 +154,16 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     done stays done when they change.
     """
     inputs: dict[str, Any] = {"stage": stage, "format": _FORMAT, "seed": recipe.seed}
-    stream = {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards}
+    stream = _order(recipe)
     if stage == "prepare":
         inputs["settings"] = _dump(recipe.prepare)
     elif stage == "teacher":
-        inputs |= {"settings": _dump(recipe.train_teacher), "data": _data(recipe), "stream": stream}
+        inputs |= {"settings": _dump(recipe.train_teacher), "data": _split(recipe, "train"), "stream": stream}
         if recipe.train_teacher is not None and recipe.train_teacher.init is not None:
             inputs["init"] = _model(recipe.train_teacher.init)
     elif stage == "encode":
-        inputs |= {"settings": _dump(recipe.encode), "data": _data(recipe), "teacher": _teacher(recipe)}
+        data = [_split(recipe, "train"), _split(recipe, "evaluate")]
+        inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)}
     elif stage == "guidance":
         inputs |= {"settings": _dump(recipe.guidance), "encode": fingerprint(recipe, "encode"), "stream": stream}
         inputs["guidance_scale"] = recipe.evaluate.guidance_scale
@@ -160,7 +171,7 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
         inputs |= {"settings": _dump(recipe.progressive), "guidance": fingerprint(recipe, "guidance"), "stream": stream}
     elif stage == "evaluate":
         inputs |= {"settings": _dump(recipe.evaluate), "progressive": fingerprint(recipe, "progressive")}
-        inputs["alignment"] = recipe.data.alignment
+        inputs["alignment"] = _split(recipe, "alignment")
     else:
         inputs |= {"settings": _dump(recipe.register_), "evaluate": fingerprint(recipe, "evaluate")}
     return digest(inputs)
@@ -176,20 +187,60 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
             "settings": _dump(settings.autoencoder),
             "train": settings.autoencoder_train.of_the_weights(),
             "weights": [settings.kl_weight, settings.edge_weight],
-            "data": _data(recipe),
-            "stream": {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards},
+            "data": _split(recipe, "train"),
+            "stream": _order(recipe),
             "seed": recipe.seed,
             "format": _FORMAT,
         }
     )
 
 
-def rung_fingerprint(recipe: Recipe, num_inference_steps: int) -> str:
-    """Return a digest of one rung and all that it builds on; a change to a later rung leaves it as it is."""
+def latents_fingerprint(recipe: Recipe, split: Split, *, teacher_digest: str) -> str:
+    """Return a digest of the latent shards of a split.
+
+    Args:
+        recipe: the recipe.
+        split: train or evaluate.
+        teacher_digest: `folder_digest` of the teacher.
+    """
+    return digest(
+        {"settings": _dump(recipe.encode), "data": _split(recipe, split), "teacher": teacher_digest, "format": _FORMAT}
+    )
+
+
+def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: str) -> str:
+    """Return a digest of what stage one's weights depend on: its settings, and its inputs by their content.
+
+    Held-out data and the guidance scale of the evaluation are no part of it, so that evaluating on more prompts or at
+    another scale trains nothing anew.
+
+    Args:
+        recipe: the recipe.
+        teacher_digest: `folder_digest` of the teacher.
+        latents_digest: digest of the latent shards that it is trained on.
+    """
+    assert recipe.guidance is not None
+    return digest(
+        {
+            "settings": _dump(recipe.guidance),
+            "teacher": teacher_digest,
+            "latents": latents_digest,
+            "stream": _order(recipe),
+            "seed": recipe.seed,
+            "format": _FORMAT,
+        }
+    )
+
+
+def rung_fingerprint(recipe: Recipe, num_inference_steps: int, *, before: str) -> str:
+    """Return a digest of one rung and all that it builds on; a change to a later rung leaves it as it is.
+
+    Args:
+        recipe: the recipe.
+        num_inference_steps: the rung.
+        before: fingerprint of the rung before it; of stage one for the first.
+    """
     assert recipe.progressive is not None
-    ladder = recipe.progressive.ladder
-    position = ladder.index(num_inference_steps)
-    before = fingerprint(recipe, "guidance") if position == 0 else rung_fingerprint(recipe, ladder[position - 1])
     settings = recipe.progressive.rung(num_inference_steps).of_the_weights()
     return digest(
         {
@@ -201,11 +252,17 @@ def rung_fingerprint(recipe: Recipe, num_inference_steps: int) -> str:
     )
 
 
-def _data(recipe: Recipe) -> Any:
-    # What only the evaluation reads trains nothing anew.
-    return recipe.data.model_dump(mode="json", exclude={"alignment"}) | (
-        {"prepare": fingerprint(recipe, "prepare")} if "prepare" in recipe.stages else {}
-    )
+def _order(recipe: Recipe) -> dict[str, Any]:
+    return {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards}
+
+
+def _split(recipe: Recipe, split: Split) -> str:
+    """Return a digest of the shards of one split: how many samples the others have is no part of it."""
+    named = getattr(recipe.data, split)
+    if named is not None or recipe.prepare is None or "prepare" not in recipe.stages:
+        return digest({"uri": named})
+    others = {f"num_{other}" for other in SPLITS if other != split}
+    return digest({"settings": _without(_dump(recipe.prepare), others), "format": _FORMAT})
 
 
 def _teacher(recipe: Recipe) -> str:
@@ -218,11 +275,12 @@ def _model(uri: str) -> str:
     except FewstepError:
         return uri
     # A folder on disk may be saved again under the same name: its weights are part of what it is.
-    return _folder_digest(folder) if folder.is_dir() else uri
+    return folder_digest(folder) if folder.is_dir() else uri
 
 
 @lru_cache
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
+    """Return the SHA-256 over names and content of the files of a model folder, in hex."""
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".safetensors", ".bin", ".json", ".txt"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,24 +15,25 @@ from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import Shard, read_index, write_index, write_shard
 from fewstep.data.source import Decode, SampleCounts, iterate_shard
 from fewstep.models import TextToImageParts, load_parts
-from fewstep.stages.context import StageContext, pin_teacher
+from fewstep.stages.context import StageContext, folder_digest, latents_fingerprint, pin_teacher
 from fewstep.stages.device import driver_device
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
-from fewstep.tracking.fetch import fetch_model
 
 
 def encode(context: StageContext) -> dict[str, Any]:
     """Encode the training and the held-out shards with the teacher's VAE and text encoder."""
     recipe = context.recipe
     teacher = pin_teacher(context)
-    parts = load_parts(fetch_model(teacher, storage=context.storage, tracking=context.tracker))
-    parts.to(driver_device(recipe.cluster))
-    facts: dict[str, Any] = {"teacher": teacher}
-    for split in ("train", "evaluate"):
+    folder = context.fetch(teacher)
+    parts = load_parts(folder).to(driver_device(recipe.cluster))
+    facts: dict[str, Any] = {"teacher": teacher, "teacher_digest": folder_digest(folder)}
+    splits: tuple[Literal["train", "evaluate"], ...] = ("train", "evaluate")
+    for split in splits:
+        name = latents_fingerprint(recipe, split, teacher_digest=facts["teacher_digest"])[:16]
         facts[split] = encode_shards(
             context.shards(split),
-            join(context.uri("encode"), split),
+            join(context.storage.root, "latents", split, name),
             parts=parts,
             storage=context.storage,
             batch_size=recipe.encode.batch_size,
@@ -57,7 +58,7 @@ def encode_shards(
     with_text: bool,
     label: str,
 ) -> dict[str, Any]:
-    """Write the latent shards of picture shards and return digest, number of samples and what was skipped.
+    """Write the latent shards of picture shards; return their address, digest and size, and what was skipped.
 
     One latent shard for every picture shard. Each leaves a record when it is written, so that a run that was killed
     goes on at the next one; the index comes last.
@@ -99,6 +100,7 @@ def encode_shards(
         counts.finish()
     latents = write_index(written, target, storage=storage)
     return {
+        "uri": target,
         "digest": latents.digest,
         "source_digest": index.digest,
         "num_samples": latents.num_samples,

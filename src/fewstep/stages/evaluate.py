@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.data.emoji.dataset import Split
 from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
@@ -147,7 +148,7 @@ _FIGURES = (
 _MAX_PICTURES = 10_000
 
 
-def _read(context: StageContext, split: str, resolution: int) -> tuple[Tensor, list[str]]:
+def _read(context: StageContext, split: Split, resolution: int) -> tuple[Tensor, list[str]]:
     shards = read_index(context.shards(split), storage=context.storage).shards
     decode = partial(decode_picture, resolution=resolution)
     counts = SampleCounts(context.recipe.stream.max_bad_share)

@@ -19,7 +19,7 @@ from fewstep.distill import GuidanceObjective, guided_relative_error
 from fewstep.distill.settings import GuidanceSettings
 from fewstep.models import StudentInfo, TextToImageParts, load_parts, save_student
 from fewstep.stages.batches import latent_batches
-from fewstep.stages.context import StageContext, fingerprint
+from fewstep.stages.context import StageContext, guidance_fingerprint
 from fewstep.stages.device import driver_device
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -35,7 +35,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
     recipe, storage = context.recipe, context.storage
     settings = recipe.guidance
     assert settings is not None
-    uri, latents = context.uri("guidance"), context.artifact("encode").uri
+    encoded = context.artifact("encode").facts
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
     info = StudentInfo(
         stage="guidance",
@@ -44,7 +44,9 @@ def guidance(context: StageContext) -> dict[str, Any]:
         w_max=settings.w_max,
         guidance_scale=recipe.evaluate.guidance_scale,
         teacher=teacher.uri,
-        fingerprint=fingerprint(recipe, "guidance"),
+        fingerprint=guidance_fingerprint(
+            recipe, teacher_digest=encoded["teacher_digest"], latents_digest=encoded["train"]["digest"]
+        ),
     )
     job = TrainJob(
         name="guidance",
@@ -52,7 +54,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
         objective=partial(_objective, settings, teacher),
         batches=partial(
             latent_batches,
-            join(latents, "train"),
+            context.latents("train"),
             storage=storage,
             stream=recipe.stream,
             global_batch_size=settings.train.global_batch_size,
@@ -63,12 +65,13 @@ def guidance(context: StageContext) -> dict[str, Any]:
         seed=recipe.seed,
     )
     context.run.log_params(settings)
+    uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     errors = _relative_errors(context, result.export_uri)
     context.run.log_metrics({f"relative_error_w_{w:g}": error for w, error in errors.items()}, step=result.updates)
     mean = sum(errors.values()) / len(errors)
     context.run.log_metrics({"relative_error": mean}, step=result.updates)
-    facts = {"training": result.to_json(), "relative_error": mean}
+    facts = {"training": result.to_json(), "fingerprint": info.fingerprint, "relative_error": mean}
     return facts | {"relative_error_by_w": {f"{w:g}": error for w, error in errors.items()}}
 
 
@@ -111,9 +114,7 @@ def _relative_errors(context: StageContext, student_uri: str) -> dict[float, flo
     device = driver_device(context.recipe.cluster)
     teacher = load_parts(context.fetch(context.teacher())).to(device)
     student = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
-    samples = held_out_samples(
-        context.storage, join(context.artifact("encode").uri, "evaluate"), settings.num_validation
-    )
+    samples = held_out_samples(context.storage, context.latents("evaluate"), settings.num_validation)
     batches = [
         {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         for batch in (

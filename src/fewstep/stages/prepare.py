@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from fewstep.data.emoji import emoji_samples
-from fewstep.data.emoji.dataset import SPLITS
-from fewstep.data.shards import write_metadata, write_shards
-from fewstep.stages.context import StageContext
+from fewstep.data.emoji import EmojiSettings, emoji_samples
+from fewstep.data.emoji.dataset import SPLITS, Split
+from fewstep.data.shards import ShardIndex, read_index, write_metadata, write_shards
+from fewstep.stages.context import StageContext, shards_uri
 from fewstep.stages.progress import Progress
 from fewstep.storage import join
 
 
 def prepare(context: StageContext) -> dict[str, Any]:
-    """Draw the emoji set and store its splits; returns the digest and size of each."""
+    """Draw the emoji set and store its splits; returns address, digest and size of each.
+
+    A split lies under its own address, so that more held-out scenes leave the training scenes as they are.
+    """
     settings = context.recipe.prepare
     assert settings is not None
-    uri = context.uri("prepare")
     facts: dict[str, Any] = {}
     total = sum(settings.num_samples(split) for split in SPLITS)
     with Progress("prepare", total, "images") as progress:
         for split in SPLITS:
-            rows: list[dict[str, Any]] = []
-
-            def kept(rows: list[dict[str, Any]] = rows, split: Any = split) -> Any:
-                for sample in emoji_samples(settings, split):
-                    record = json.loads(sample["json"])
-                    rows.append({"url": f"emoji:{record['codes'][0]}", **record})
-                    progress.advance()
-                    yield sample
-
-            index = write_shards(
-                kept(), join(uri, split), samples_per_shard=settings.samples_per_shard, storage=context.storage
-            )
-            write_metadata(rows, join(uri, "metadata", f"{split}.parquet"), storage=context.storage)
-            facts[split] = {"digest": index.digest, "num_samples": index.num_samples, "num_shards": len(index.shards)}
+            uri = shards_uri(context.recipe, context.storage, split)
+            metadata = join(uri, "metadata.parquet")
+            # The metadata come last: with them the split counts as written.
+            if context.storage.exists(metadata):
+                index = read_index(uri, storage=context.storage)
+                progress.advance(settings.num_samples(split))
+            else:
+                index = _draw(context, settings, split, uri, metadata, progress)
+            facts[split] = {
+                "uri": uri,
+                "digest": index.digest,
+                "num_samples": index.num_samples,
+                "num_shards": len(index.shards),
+            }
     context.run.log_metrics({f"{split}_samples": facts[split]["num_samples"] for split in SPLITS})
     context.run.set_tags({f"fewstep.{split}_digest": facts[split]["digest"] for split in SPLITS})
     return facts
+
+
+def _draw(
+    context: StageContext, settings: EmojiSettings, split: Split, uri: str, metadata: str, progress: Progress
+) -> ShardIndex:
+    rows: list[dict[str, Any]] = []
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for sample in emoji_samples(settings, split):
+            record = json.loads(sample["json"])
+            rows.append({"url": f"emoji:{record['codes'][0]}", **record})
+            progress.advance()
+            yield sample
+
+    index = write_shards(samples(), uri, samples_per_shard=settings.samples_per_shard, storage=context.storage)
+    write_metadata(rows, metadata, storage=context.storage)
+    return index

@@ -30,10 +30,11 @@ def progressive(context: StageContext) -> dict[str, Any]:
     assert settings is not None
     assert recipe.guidance is not None
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
-    latents = join(context.artifact("encode").uri, "train")
-    before = join(context.artifact("guidance").uri, "export")
+    stage_one = context.artifact("guidance").facts
+    before, fingerprint = stage_one["training"]["export_uri"], stage_one["fingerprint"]
     students: dict[str, Any] = {}
     for steps in settings.ladder:
+        fingerprint = rung_fingerprint(recipe, steps, before=fingerprint)
         info = StudentInfo(
             stage="progressive",
             num_inference_steps=steps,
@@ -41,7 +42,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
             w_max=recipe.guidance.w_max,
             guidance_scale=recipe.evaluate.guidance_scale,
             teacher=teacher.uri,
-            fingerprint=rung_fingerprint(recipe, steps),
+            fingerprint=fingerprint,
         )
         train = settings.rung(steps)
         name = f"{steps} step{'s' if steps > 1 else ''}"
@@ -51,7 +52,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
             objective=partial(_objective, settings.loss_weight, before, info, storage),
             batches=partial(
                 latent_batches,
-                latents,
+                context.latents("train"),
                 storage=storage,
                 stream=recipe.stream,
                 global_batch_size=train.global_batch_size,
@@ -62,7 +63,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
             settings=train,
             seed=recipe.seed + steps,
         )
-        uri = join(storage.root, "rungs", info.fingerprint[:16])
+        uri = join(storage.root, "students", f"{name.replace(' ', '-')}-{info.fingerprint[:16]}")
         with context.tracker.run(
             f"progressive {name}", key=f"{recipe.name}/{info.fingerprint}", parent=context.parent
         ) as run:
@@ -94,7 +95,7 @@ def _grid(context: StageContext, student_uri: str, steps: int) -> Image.Image:
     """Return 4 × 4 pictures of the first held-out prompts, each from its own fixed noise."""
     device = driver_device(context.recipe.cluster)
     parts = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
-    held_out = held_out_samples(context.storage, join(context.artifact("encode").uri, "evaluate"), _GRID_PROMPTS)
+    held_out = held_out_samples(context.storage, context.latents("evaluate"), _GRID_PROMPTS)
     embeddings = parts.encode_prompts([sample["caption"] for sample in held_out])
     latents = ddim(
         student_model(parts.unet, embeddings, context.recipe.evaluate.guidance_scale - 1),

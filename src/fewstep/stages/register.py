@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.evaluate.gate import decide
 from fewstep.evaluate.report import read_report
+from fewstep.models import copy_student, read_student_info
+from fewstep.recipe import digest
 from fewstep.stages.context import StageContext, fingerprint
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
@@ -36,21 +39,24 @@ def register(context: StageContext) -> dict[str, Any]:
         name = settings.name if steps == settings.num_inference_steps else f"{settings.name}-{steps}"
         row = report.find("student", steps)
         metrics = {} if row is None else {f: getattr(row, f) for f in _METRICS if getattr(row, f) is not None}
-        version = registry.log_student(
-            context.run,
-            fetch_model(trained[str(steps)]["uri"], storage=storage),
-            name=name,
-            params=recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}),
-            tags={
-                "num_inference_steps": str(steps),
-                "teacher": context.teacher(),
-                "data_digest": data["source_digest"],
-                "fingerprint": trained[str(steps)]["fingerprint"],
-                "recipe": recipe.name,
-                "evaluation": fingerprint(recipe, "evaluate"),
-            },
-            metrics=metrics,
-        )
+        trained_folder = fetch_model(trained[str(steps)]["uri"], storage=storage)
+        with tempfile.TemporaryDirectory() as scratch:
+            student, print_ = _at_scale(trained_folder, Path(scratch, "student"), recipe.evaluate.guidance_scale)
+            version = registry.log_student(
+                context.run,
+                student,
+                name=name,
+                params=recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}),
+                tags={
+                    "num_inference_steps": str(steps),
+                    "teacher": context.teacher(),
+                    "data_digest": data["source_digest"],
+                    "fingerprint": print_,
+                    "recipe": recipe.name,
+                    "evaluation": fingerprint(recipe, "evaluate"),
+                },
+                metrics=metrics,
+            )
         decision = decide(report, num_inference_steps=steps, settings=settings.gate)
         alias = registry.promote(name, version, passed=decision.passed, reason="; ".join(decision.reasons))
         log = logger.info if decision.passed else logger.warning
@@ -60,3 +66,21 @@ def register(context: StageContext) -> dict[str, Any]:
 
 
 _METRICS = ("kid_lite0_to_real", "kid_lite0_to_teacher", "fd_lite0_to_real", "alignment", "paired_mse")
+
+
+def _at_scale(folder: Path, copy: Path, guidance_scale: float) -> tuple[Path, str]:
+    """Return a student's folder and fingerprint, with the scale that it was evaluated at as its default.
+
+    Training does not depend on the scale, so its folder may carry that of an earlier recipe.
+    """
+    info = read_student_info(folder)
+    assert info is not None  # our own export
+    if info.guidance_scale == guidance_scale:
+        return folder, info.fingerprint
+    info = replace(
+        info,
+        guidance_scale=guidance_scale,
+        fingerprint=digest([info.fingerprint, f"guidance_scale={guidance_scale:g}"]),
+    )
+    copy_student(folder, copy, info)
+    return copy, info.fingerprint

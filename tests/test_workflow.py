@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from fewstep.stages.context import (
     rung_fingerprint,
     shards_uri,
 )
+from fewstep.stages.memory import Usage
 from fewstep.storage import Storage
 
 STAGES: tuple[StageName, ...] = ("prepare", "encode", "guidance", "progressive", "evaluate", "register")
@@ -213,3 +215,17 @@ def test_a_trained_teacher_is_its_recipe(teacher: Path) -> None:
     assert fingerprint(recipe(), "encode") != fingerprint(recipe(updates=11), "encode")
     assert fingerprint(recipe(), "encode") == fingerprint(recipe(log_every=7), "encode")
     assert fingerprint(recipe(), "prepare") == fingerprint(recipe(updates=11), "prepare")
+
+
+def test_usage_goes_on_from_what_a_killed_process_used() -> None:
+    saved: list[tuple[float, int]] = []
+    with Usage() as first:
+        time.sleep(0.05)
+    assert 0.05 <= first.seconds < 5
+    assert first.peak_memory_bytes > 2**20
+    huge = 2**50
+    with Usage((100.0, huge), save=lambda usage: saved.append((usage.seconds, usage.peak_memory_bytes))) as second:
+        pass
+    assert 100 < second.seconds < 105
+    assert second.peak_memory_bytes == huge
+    assert saved == []  # too short to be worth it

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, StorageError
 from fewstep.recipe import Recipe, StageName
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, fingerprint, stage_uri
 from fewstep.stages.context import DONE
@@ -18,6 +19,9 @@ from fewstep.workplace import Workplace
 
 logger = logging.getLogger("fewstep")
 
+#: Time and memory so far of a stage that is running.
+_USAGE = "usage.json"
+
 
 def run_workflow(recipe: Recipe, workplace: Workplace, *, out: Path) -> dict[StageName, Artifact]:
     """Run all stages of a recipe in order and return what each left; one Ray serves all of them.
@@ -27,19 +31,30 @@ def run_workflow(recipe: Recipe, workplace: Workplace, *, out: Path) -> dict[Sta
         workplace: store and MLflow.
         out: local folder for the report.
     """
+    begun = datetime.now(UTC)
     with local_ray(recipe.cluster):
-        return {name: run_stage(name, recipe, workplace, out=out) for name in recipe.stages}
+        return {name: run_stage(name, recipe, workplace, out=out, begun=begun) for name in recipe.stages}
 
 
-def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Path) -> Artifact:
+def run_stage(
+    name: StageName, recipe: Recipe, workplace: Workplace, *, out: Path, begun: datetime | None = None
+) -> Artifact:
     """Run one stage unless its artifact is there already, and return the artifact.
 
     The marker `done.json` is written last: an artifact without it is not there. A stage that was killed starts again
     with the same settings, and its trainings go on from their checkpoints.
 
+    Args:
+        name: the stage.
+        recipe: the recipe.
+        workplace: store and MLflow.
+        out: local folder for the report.
+        begun: when the run that this stage belongs to began; None for now. A report marks older stages.
+
     Raises:
         FewstepError: the recipe does not have the stage, or an earlier one has not finished.
     """
+    begun = begun or datetime.now(UTC)
     if name not in recipe.stages:
         raise FewstepError(f"recipe {recipe.name} has no stage {name}; its stages are {', '.join(recipe.stages)}")
     storage, tracker = workplace.storage, workplace.tracker
@@ -56,8 +71,11 @@ def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Pat
         recipe.name, key=f"{recipe.name}/{recipe.digest()}", tags={"fewstep.recipe": recipe.name}
     ) as parent:
         parent.log_params(recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}))
-        with tracker.run(name, key=f"{recipe.name}/{digest}", parent=parent.id, tags=tags) as run, Usage() as usage:
-            context = StageContext(recipe=recipe, storage=storage, tracker=tracker, run=run, parent=parent.id, out=out)
+        usage = _usage(join(stage_uri(recipe, storage, name), _USAGE), storage)
+        with tracker.run(name, key=f"{recipe.name}/{digest}", parent=parent.id, tags=tags) as run, usage:
+            context = StageContext(
+                recipe=recipe, storage=storage, tracker=tracker, run=run, parent=parent.id, out=out, begun=begun
+            )
             try:
                 facts = STAGES[name](context)
             finally:
@@ -71,13 +89,28 @@ def run_stage(name: StageName, recipe: Recipe, workplace: Workplace, *, out: Pat
         facts=facts,
         seconds=usage.seconds,
         peak_memory_bytes=usage.peak_memory_bytes,
+        finished=datetime.now(UTC).isoformat(),
     )
     record = asdict(artifact)
     del record["uri"]  # where it lies is where it is read from
     storage.write_json(join(artifact.uri, DONE), record)
+    storage.delete(join(artifact.uri, _USAGE))
     logger.info("%s: done in %.0f s", name, usage.seconds)
     # As every later process will see it.
     return Artifact(uri=artifact.uri, **storage.read_json(join(artifact.uri, DONE)))
+
+
+def _usage(uri: str, storage: Storage) -> Usage:
+    """Return a meter that goes on from what a killed process of the same stage had used."""
+
+    def save(usage: Usage) -> None:
+        try:
+            storage.write_json(uri, {"seconds": usage.seconds, "peak_memory_bytes": usage.peak_memory_bytes})
+        except StorageError as error:  # a figure for the report is no reason to stop a training
+            logger.debug("usage not stored: %s", error)
+
+    found = storage.read_json(uri) if storage.exists(uri) else {}
+    return Usage((float(found.get("seconds", 0)), int(found.get("peak_memory_bytes", 0))), save=save)
 
 
 def _show(name: StageName, recipe: Recipe, storage: Storage, out: Path) -> None:

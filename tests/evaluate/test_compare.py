@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,15 @@ def test_written_report_is_whole_and_reads_back(comparison: Comparison, tmp_path
     embedded = re.search(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
     assert embedded is not None
     assert base64.b64decode(embedded[1])[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_page_marks_stages_of_an_earlier_run_and_tells_stage_ones_error(comparison: Comparison, tmp_path: Path) -> None:
+    report = comparison.report.model_copy(update={"stage_one_relative_error": 0.0834})
+    stages = [StageUsage(name="guidance", seconds=1.0, skipped=True), StageUsage(name="progressive", seconds=2.0)]
+    page = write_report(replace(comparison, report=report), tmp_path, stages=stages).html.read_text(encoding="utf-8")
+    assert page.count("done in an earlier run") == 1
+    assert "8.3%" in page
+    assert "8.3%" not in write_report(comparison, tmp_path).html.read_text(encoding="utf-8")
 
 
 def test_grid_shows_each_picture_where_it_belongs(comparison: Comparison, tmp_path: Path) -> None:

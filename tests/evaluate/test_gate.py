@@ -70,3 +70,19 @@ def test_a_report_read_from_json_is_judged_the_same() -> None:
     again = Report.model_validate_json(rows.model_dump_json())
     assert json.loads(rows.model_dump_json())["results"][1]["alignment"] is None
     assert not decide(again, num_inference_steps=4, settings=SETTINGS).passed
+
+
+@pytest.mark.parametrize(
+    ("error", "passed", "words"),
+    [
+        (0.04, True, "the relative error of stage one is 0.040; the gate allows 0.050"),
+        (0.06, False, "the relative error of stage one is 0.060; the gate allows 0.050"),
+        (None, False, "the relative error of stage one is missing"),
+    ],
+)
+def test_stage_ones_error(error: float | None, passed: bool, words: str) -> None:
+    rows = report(result("teacher", 50), result("student", 4)).model_copy(update={"stage_one_relative_error": error})
+    settings = SETTINGS.model_copy(update={"max_relative_error": 0.05})
+    decision = decide(rows, num_inference_steps=4, settings=settings)
+    assert decision.passed is passed
+    assert words in decision.reasons

@@ -83,6 +83,7 @@ def test_report_has_the_promised_fields(artifacts: dict[Any, Artifact], out: Pat
             low, high = row[f"{metric}_ci"]
             assert low <= high
     assert [stage["name"] for stage in report["stages"]] == ["prepare", "encode", "guidance", "progressive", "evaluate"]
+    assert not any(stage["skipped"] for stage in report["stages"])
     assert 0 < report["stage_one_relative_error"] < 10
     assert (out / "report.html").read_text().startswith("<!")
     assert Image.open(out / "samples.png").width > 100

@@ -23,6 +23,9 @@ class GateSettings(BaseModel):
     max_paired_mse: float | None = Field(
         default=None, gt=0, description="largest paired latent distance to the teacher; null = not asked for"
     )
+    max_relative_error: float | None = Field(
+        default=None, gt=0, description="largest relative error of stage one on held-out prompts; null = not asked for"
+    )
     min_num_images: int = Field(default=100, ge=1, description="fewest pictures that the figures may rest on")
 
 
@@ -51,6 +54,8 @@ def decide(report: Report, *, num_inference_steps: int, settings: GateSettings) 
         rules.append(_alignment(student, teacher, settings.min_alignment_ratio))
     if settings.max_paired_mse is not None:
         rules.append(_paired(student, settings.max_paired_mse))
+    if settings.max_relative_error is not None:
+        rules.append(_relative_error(report, settings.max_relative_error))
     broken = [reason for passed, reason in rules if not passed]
     return GateDecision(not broken, tuple(broken + [reason for passed, reason in rules if passed]))
 
@@ -98,3 +103,10 @@ def _paired(student: Result, limit: float) -> _Rule:
     if own is None:
         return False, "the paired distance to the teacher is missing"
     return own <= limit, f"the paired distance to the teacher is {own:.4f}; the gate allows {limit:.4f}"
+
+
+def _relative_error(report: Report, limit: float) -> _Rule:
+    own = report.stage_one_relative_error
+    if own is None:
+        return False, "the relative error of stage one is missing"
+    return own <= limit, f"the relative error of stage one is {own:.3f}; the gate allows {limit:.3f}"

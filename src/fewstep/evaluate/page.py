@@ -203,6 +203,9 @@ def _goals_table(report: Report) -> str:
         name = f"{clock.student_steps}: wall clock, teacher over student ({clock.evaluation_ratio:g} × evaluations)"
         value = _with_interval(clock.ratio, clock.ratio_ci, "{:.1f}")
         rows.append(("", [name, value, f"≥ {clock.goal:g}", _verdict(clock.met)]))
+    if report.stage_one_relative_error is not None:
+        name = "stage one, before any halving: relative error of v against the guided pair, held-out prompts"
+        rows.append(("", [name, f"{report.stage_one_relative_error:.1%}", "", ""]))
     return _table(["student's steps: what", "value", "goal", ""], rows)
 
 

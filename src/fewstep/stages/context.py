@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ class Artifact:
         facts: figures and names that later stages and reports use; JSON.
         seconds: wall-clock time of the stage.
         peak_memory_bytes: most memory of the process tree during it.
+        finished: when it ended; ISO 8601, UTC.
     """
 
     uri: str
@@ -40,6 +42,7 @@ class Artifact:
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    finished: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class StageContext:
         run: the stage's own MLflow run.
         parent: id of the workflow's run, for runs of rungs.
         out: local folder for what a user looks at (report, pictures).
+        begun: when the run that this stage belongs to began.
     """
 
     recipe: Recipe
@@ -61,6 +65,7 @@ class StageContext:
     run: Run
     parent: str
     out: Path
+    begun: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def uri(self, stage: StageName) -> str:
         """Return the folder of a stage's artifact."""

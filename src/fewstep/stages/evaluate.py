@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,12 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     students = {steps: fetch_model(trained[str(steps)]["uri"], storage=storage) for steps in recipe.evaluate.steps}
     before = [(name, find_artifact(recipe, storage, name)) for name in recipe.stages if name != "evaluate"]
     usage = [
-        StageUsage(name=name, seconds=found.seconds, peak_memory_bytes=found.peak_memory_bytes)
+        StageUsage(
+            name=name,
+            seconds=found.seconds,
+            peak_memory_bytes=found.peak_memory_bytes,
+            skipped=datetime.fromisoformat(found.finished) < context.begun,
+        )
         for name, found in before
         if found is not None
     ]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import psutil
 
 _EVERY_S = 1.0
+_SAVE_EVERY_S = 20.0
 
 
 class Usage:
     """Measures a block; use as a context manager.
+
+    Args:
+        earlier: what processes that were killed in the same block had used; it is counted in.
+        save: called with this object now and then, so that a process that is killed leaves what it used.
 
     Attributes:
         seconds: wall-clock time of the block.
@@ -20,9 +26,10 @@ class Usage:
             (PSS) where the system tells them.
     """
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.peak_memory_bytes = 0
+    def __init__(self, earlier: tuple[float, int] = (0.0, 0), *, save: Callable[[Usage], None] | None = None) -> None:
+        self._earlier_s, self.peak_memory_bytes = earlier
+        self.seconds = self._earlier_s
+        self._save = save
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fewstep-memory", daemon=True)
 
@@ -36,11 +43,19 @@ class Usage:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self.seconds = time.monotonic() - self._started
+        self._count()
+
+    def _count(self) -> None:
+        self.seconds = self._earlier_s + time.monotonic() - self._started
 
     def _watch(self) -> None:
+        saved = time.monotonic()
         while True:
             self.peak_memory_bytes = max(self.peak_memory_bytes, _tree_bytes())
+            if self._save is not None and time.monotonic() - saved >= _SAVE_EVERY_S:
+                saved = time.monotonic()
+                self._count()
+                self._save(self)
             if self._stop.wait(_EVERY_S):
                 return
 

@@ -1,0 +1,106 @@
+"""The teacher stage as a whole, on the emoji set: from nothing, again with other settings, and from a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from fewstep.models import load_parts
+from fewstep.recipe import Recipe, parse_recipe
+from fewstep.stages import Artifact
+from fewstep.storage import Storage, join
+from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.settings import TrackingSettings
+from fewstep.tracking.tracker import Tracker
+from fewstep.workflow import run_workflow
+from fewstep.workplace import Workplace
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def _recipe(**train_teacher: Any) -> Recipe:
+    train = {"updates": 3, "global_batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 2}
+    sizes = {"block_out_channels": [16, 32], "num_attention_heads": 2, "norm_num_groups": 4}
+    texts = {"text_width": 16, "text_layers": 1, "text_heads": 2, "vocabulary_size": 600, "max_prompt_tokens": 16}
+    settings = {
+        "autoencoder": {"resolution": 16, "block_out_channels": [8, 16, 16], "norm_num_groups": 4},
+        "autoencoder_train": train,
+        "network": sizes | texts,
+        "train": train,
+    } | train_teacher
+    prepare = {"resolution": 16, "num_train": 48, "num_evaluate": 8, "num_alignment": 8, "samples_per_shard": 16}
+    return parse_recipe(
+        {
+            "name": "tiny-teacher",
+            "stages": ["prepare", "teacher"],
+            "prepare": {**prepare, "categories": ["food-and-drink"]},
+            "stream": {"num_streams": 2},
+            "cluster": {"num_cpus": 2, "cpus_per_worker": 1},
+            "train_teacher": settings,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
+
+
+@pytest.fixture(scope="module")
+def first(workplace: Workplace, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return run_workflow(_recipe(), workplace, out=tmp_path_factory.mktemp("out"))["teacher"]
+
+
+def _export(artifact: Artifact, storage: Storage) -> Path:
+    return fetch_model(join(artifact.uri, "export"), storage=storage)
+
+
+def test_a_teacher_from_nothing_is_a_stable_diffusion_pipeline(first: Artifact, storage: Storage) -> None:
+    assert first.facts["autoencoder"]["updates"] == first.facts["network"]["updates"] == 3
+    folder = _export(first, storage)
+    parts = load_parts(folder)
+    assert parts.prediction_type == "v_prediction"
+    assert float(parts.schedule.alphas[-1]) == 0.0
+    assert any(len(token.removesuffix("</w>")) > 2 for token in parts.tokenizer.get_vocab()), "learned from captions"
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red apple", num_inference_steps=2, guidance_scale=3.0).images[0]
+    assert picture.size == (16, 16)
+
+
+def test_networks_were_trained_from_the_stored_beginning(first: Artifact, storage: Storage) -> None:
+    begin = load_parts(fetch_model(join(first.uri, "begin"), storage=storage))
+    trained = load_parts(_export(first, storage))
+    for name in ("unet", "text_encoder"):
+        before, after = getattr(begin, name).state_dict(), getattr(trained, name).state_dict()
+        assert any(not torch.equal(before[key], after[key]) for key in before), name
+    vae, kept = begin.vae.state_dict(), trained.vae.state_dict()
+    assert all(torch.equal(vae[key], kept[key]) for key in vae)
+    assert begin.vae.config["scaling_factor"] == trained.vae.config["scaling_factor"] != 1.0
+
+
+def test_other_network_settings_keep_the_vae(first: Artifact, workplace: Workplace, tmp_path: Path) -> None:
+    train = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
+    again = run_workflow(_recipe(train=train), workplace, out=tmp_path)["teacher"]
+    assert again.uri != first.uri
+    assert again.facts["autoencoder"] == first.facts["autoencoder"]
+    assert again.facts["network"]["updates"] == 2
+
+
+def test_a_model_is_trained_on_with_its_own_vae(first: Artifact, workplace: Workplace, tmp_path: Path) -> None:
+    storage = workplace.storage
+    begin = join(first.uri, "export")
+    # A rate of almost nothing: the weights must stay those of the model named.
+    train = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-9, "weight_decay": 0.0}
+    again = run_workflow(_recipe(init=begin, autoencoder_train=None, train=train), workplace, out=tmp_path)["teacher"]
+    assert "autoencoder" not in again.facts
+    old, new = load_parts(_export(first, storage)), load_parts(_export(again, storage))
+    for name in ("unet", "text_encoder", "vae"):
+        before, after = getattr(old, name).state_dict(), getattr(new, name).state_dict()
+        assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before), name
+    assert new.tokenizer.get_vocab() == old.tokenizer.get_vocab()

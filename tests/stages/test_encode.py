@@ -1,0 +1,121 @@
+"""Pictures and captions become latent shards: broken samples are counted, a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.data.latents import decode_latents
+from fewstep.data.pictures import decode_picture
+from fewstep.data.shards import read_index, write_shards
+from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.errors import DataError
+from fewstep.models import TextToImageParts
+from fewstep.stages.encode import encode_shards
+from fewstep.storage import Storage, join
+from tiny import tiny_teacher
+
+
+@pytest.fixture(scope="module")
+def parts() -> TextToImageParts:
+    return tiny_teacher()
+
+
+def _sample(number: int) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (number * 20 % 256, 90, 30)).save(file, format="PNG")
+    return {"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"picture {number}".encode()}
+
+
+def _encode(source: str, target: str, parts: TextToImageParts, storage: Storage, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"batch_size": 3, "max_bad_share": 0.5, "with_text": True, "label": "test", **changes}
+    return encode_shards(source, target, parts=parts, storage=storage, **settings)
+
+
+def _latents(uri: str, storage: Storage) -> list[dict[str, Any]]:
+    counts = SampleCounts(max_bad_share=0.0)
+    return list(
+        iterate_samples(read_index(uri, storage=storage).shards, storage=storage, decode=decode_latents, counts=counts)
+    )
+
+
+def test_latents_and_embeddings_are_the_teachers_own(
+    parts: TextToImageParts, storage: Storage, bucket_uri: str
+) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    samples = [_sample(number) for number in range(8)]
+    written = write_shards(samples, source, samples_per_shard=5, storage=storage)
+    facts = _encode(source, target, parts, storage)
+    assert facts["uri"] == target
+    assert (facts["num_samples"], facts["num_shards"], facts["skipped"]) == (8, 2, {})
+    assert facts["source_digest"] == written.digest
+    latents = _latents(target, storage)
+    assert [sample["caption"] for sample in latents] == [f"picture {number}" for number in range(8)]
+    pixels = torch.stack([decode_picture(sample, resolution=16)["pixels"] for sample in samples])
+    mean, std = parts.encode_pictures(pixels)
+    text = parts.encode_prompts([f"picture {number}" for number in range(8)])
+    for name, expected in (("latent_mean", mean), ("latent_std", std), ("text", text)):
+        stored = torch.stack([sample[name].float() for sample in latents])
+        torch.testing.assert_close(stored, expected, rtol=2e-3, atol=2e-3)  # half precision
+
+
+def test_broken_samples_are_counted_and_left_out(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    samples = [_sample(number) for number in range(12)]
+    samples[1]["png"] = samples[1]["png"][:40]
+    del samples[6]["txt"]
+    samples[7]["txt"] = b"  "
+    write_shards(samples, source, samples_per_shard=4, storage=storage)
+    facts = _encode(source, target, parts, storage)
+    assert facts["num_samples"] == 9
+    assert sum(facts["skipped"].values()) == 3
+    kept = [sample["caption"] for sample in _latents(target, storage)]
+    assert kept == [f"picture {number}" for number in range(12) if number not in (1, 6, 7)]
+    # A second call reads the records, and tells the same.
+    assert _encode(source, target, parts, storage) == facts
+    with pytest.raises(DataError, match=r"max_bad_share"):
+        _encode(source, join(bucket_uri, "strict"), parts, storage, max_bad_share=0.1)
+
+
+def test_a_run_that_was_killed_goes_on_at_the_shard_it_had_reached(
+    parts: TextToImageParts, storage: Storage, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    samples = [_sample(number) for number in range(12)]
+    samples[2]["png"] = b"broken"
+    write_shards(samples, source, samples_per_shard=4, storage=storage)
+    module = importlib.import_module("fewstep.stages.encode")  # the package has a function of that name
+    real, names = module._encode_shard, []
+
+    def encode_shard(shard: Any, uri: str, **arguments: Any) -> dict[str, Any]:
+        names.append(shard.name)
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return real(shard, uri, **arguments)
+
+    monkeypatch.setattr(module, "_encode_shard", encode_shard)
+    with pytest.raises(KeyboardInterrupt):
+        _encode(source, target, parts, storage)
+    facts = _encode(source, target, parts, storage)
+    assert names == ["00000.tar", "00001.tar", "00002.tar", "00002.tar"]
+    assert facts["num_samples"] == 11
+    assert sum(facts["skipped"].values()) == 1
+    whole = _encode(source, join(bucket_uri, "whole"), parts, storage)
+    assert whole["digest"] == facts["digest"]
+
+
+def test_shards_that_changed_are_encoded_again(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    write_shards([_sample(number) for number in range(8)], source, samples_per_shard=4, storage=storage)
+    before = _encode(source, target, parts, storage)
+    write_shards([_sample(number) for number in (0, 1, 2, 3, 8, 9)], source, samples_per_shard=4, storage=storage)
+    after = _encode(source, target, parts, storage)
+    assert after["num_samples"] == 6
+    assert after["digest"] != before["digest"]
+    captions = [sample["caption"] for sample in _latents(target, storage)]
+    assert captions == [f"picture {number}" for number in (0, 1, 2, 3, 8, 9)]

@@ -16,7 +16,7 @@ from fewstep.bench.calls import UpdateCalls, UpdateFlops, update_flops
 from fewstep.bench.device import Elapsed, measure_matmul_tflops, peak_tflops, prepare_network, resolve_device, tuned
 from fewstep.bench.result import Environment, FlopsResult, TrainBenchResult
 from fewstep.bench.sd15 import sd15_train_workload
-from fewstep.bench.settings import Precision, TrainBenchSettings
+from fewstep.bench.settings import TrainBenchSettings
 from fewstep.bench.workload import TrainWorkload, recipe_train_workload
 from fewstep.diffusion import NoiseSchedule
 from fewstep.diffusion.prediction import check_prediction_type
@@ -28,6 +28,7 @@ from fewstep.storage import open_storage
 from fewstep.train.in_process import train_in_process
 from fewstep.train.job import TrainJob
 from fewstep.train.optimiser import make_optimizer
+from fewstep.train.precision import resolve_precision
 from fewstep.train.settings import TrainSettings
 
 logger = logging.getLogger("fewstep.bench")
@@ -77,7 +78,8 @@ def bench_workload(
     """Measure one workload on a device; see `bench_train`."""
     environment = Environment.here(device, command)
     train = _train_settings(workload, settings, device)
-    precision, batch_size, warmup = train.precision, train.global_batch_size, train.log_every
+    precision = resolve_precision(train.precision, device)
+    batch_size, warmup = train.global_batch_size, train.log_every
     flops = _flops(workload, settings)
     matmul_size, matmul_tflops = measure_matmul_tflops(device, precision)
 
@@ -221,7 +223,7 @@ def _train_settings(workload: TrainWorkload, settings: TrainBenchSettings, devic
     """Return the workload's training settings for one round: a window to warm up and two that are measured."""
     window = settings.updates // 2
     usual = workload.train
-    precision: Precision = usual.precision
+    precision = resolve_precision(usual.precision, device)
     if settings.precision != "auto":
         precision = settings.precision
     elif workload.name == "sd15":

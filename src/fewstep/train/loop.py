@@ -18,6 +18,7 @@ from fewstep.train.host import Host
 from fewstep.train.job import TrainJob
 from fewstep.train.meters import Meters, first_not_finite
 from fewstep.train.optimiser import make_optimizer, set_learning_rate
+from fewstep.train.precision import resolve_precision
 from fewstep.train.settings import TrainSettings
 
 
@@ -72,7 +73,8 @@ def train(job: TrainJob, host: Host) -> Trained:
     del state
 
     model = host.parallel(network)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16")
+    in_bfloat16 = resolve_precision(settings.precision, device) == "bfloat16"
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16)
     stream = iter(source)
     meters = Meters(samples_per_update=settings.global_batch_size, seconds=earlier_s, waited_s=waited_s)
     host.ticked(first)

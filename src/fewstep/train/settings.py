@@ -26,8 +26,10 @@ class TrainSettings(BaseModel):
         default=None, gt=0, lt=1, description="decay of the averaged weights per update; null keeps no average"
     )
     hand_over: Literal["raw", "ema"] = Field(default="raw", description="which weights the training hands over")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="autocast type of the network; weights, targets and losses stay float32"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32",
+        description="autocast type of the network; weights, targets and losses stay float32; auto: bfloat16 where the "
+        "device computes in it",
     )
     checkpoint_every: int = Field(default=200, gt=0, description="updates between checkpoints")
     num_checkpoints_to_keep: int = Field(default=2, gt=0, description="checkpoints kept in the store")

@@ -1,5 +1,7 @@
 import json
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,43 @@ def test_cache_fills_once_for_many_and_never_shows_a_half(tmp_path):
         thread.join()
     assert len(fills) == 1
     assert sorted(path.name for path in (tmp_path / "home" / "cache" / "models").iterdir()) == ["x", "x.lock"]
+
+
+def _fill(folder: Path) -> None:
+    _model(folder)
+    (folder / "weights").write_bytes(b"0" * 1_000_000)
+
+
+def _age(folder: Path, hours: float) -> None:
+    then = time.time() - hours * 3600
+    os.utime(folder, (then, then))
+
+
+def test_cache_is_kept_below_its_limit_and_what_was_used_last_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE_GB", "0.0025")
+    cache = tmp_path / "home" / "cache"
+    old, older, recent = (cached_folder(Path("s3", name), _fill) for name in ("old", "older", "recent"))
+    assert all(folder.is_dir() for folder in (old, older, recent)), "used within the hour"
+    _age(older, 5)
+    _age(old, 3)
+    cached_folder(Path("s3", "older"), _fill)  # asked for again: now the newest
+    cached_folder(Path("models", "new"), _fill)
+    assert {folder.name for folder in cache.glob("*/*") if folder.is_dir()} == {"older", "recent", "new"}
+    assert (older / "weights").stat().st_size == 1_000_000
+
+
+def test_cache_has_room_by_default(tmp_path):
+    first = cached_folder(Path("s3", "first"), _fill)
+    _age(first, 100)
+    cached_folder(Path("s3", "second"), _fill)
+    assert first.is_dir()
+
+
+@pytest.mark.parametrize("limit", ["much", "-1", "nan"])
+def test_cache_limit_that_is_no_size_is_said(monkeypatch, limit):
+    monkeypatch.setenv("FEWSTEP_CACHE_GB", limit)
+    with pytest.raises(StorageError, match=f"FEWSTEP_CACHE_GB='{limit}' must be a size in GB"):
+        cached_folder(Path("models/x"), _model)
 
 
 def test_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):

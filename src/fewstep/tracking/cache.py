@@ -1,10 +1,13 @@
-"""Folders fetched once: below $FEWSTEP_HOME/cache, whole or not there."""
+"""Folders fetched once: below $FEWSTEP_HOME/cache, whole or not there, and no more of them than fit a limit."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +16,31 @@ from filelock import FileLock
 from fewstep.errors import StorageError
 from fewstep.tracking.settings import fewstep_home
 
+logger = logging.getLogger(__name__)
+
+#: Environment variable with the size in GB that the cache is kept below.
+CACHE_LIMIT = "FEWSTEP_CACHE_GB"
+_DEFAULT_LIMIT_GB = 100.0
+#: A folder that was asked for this recently may be in the middle of being read.
+_IN_USE_S = 3600.0
+
 
 def cached_folder(name: Path, fill: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made by `fill(folder)` if it is not there yet.
 
     It appears in one step when `fill` is through, and processes that want it at the same time wait for one of them.
-    StorageError when the cache cannot be written.
+    Afterwards the folders that were not asked for the longest are deleted until all are below $FEWSTEP_CACHE_GB (100);
+    none that was asked for within the last hour. StorageError when the cache cannot be written, or the limit is no
+    number.
     """
-    target = fewstep_home() / "cache" / name
-    if target.is_dir():
-        return target
+    limit_bytes = _limit_bytes()
+    root = fewstep_home() / "cache"
+    target = root / name
     try:
+        if target.is_dir():
+            with contextlib.suppress(OSError):  # a cache that is filled once and mounted read-only
+                os.utime(target)
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if target.is_dir():
@@ -33,10 +50,40 @@ def cached_folder(name: Path, fill: Callable[[Path], None]) -> Path:
                 folder = workplace / target.name
                 fill(folder)
                 os.replace(folder, target)
+                os.utime(target)
             finally:
                 shutil.rmtree(workplace, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process prunes, too
+            _prune(root, limit_bytes)
     except OSError as error:
         raise StorageError(
             f"cache {target}: {error}. Free space there, or set FEWSTEP_HOME to a folder that can be written."
         ) from error
     return target
+
+
+def _limit_bytes() -> float:
+    text = os.environ.get(CACHE_LIMIT) or str(_DEFAULT_LIMIT_GB)
+    try:
+        limit_gb = float(text)
+    except ValueError:
+        limit_gb = -1.0
+    if not limit_gb >= 0:
+        raise StorageError(f"{CACHE_LIMIT}={text!r} must be a size in GB, 0 or more, for example 100")
+    return limit_gb * 1e9
+
+
+def _prune(root: Path, limit_bytes: float) -> None:
+    found = [folder for kind in root.iterdir() if kind.is_dir() for folder in kind.iterdir() if _is_entry(folder)]
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in found}
+    total = sum(sizes.values())
+    for folder in sorted(found, key=lambda folder: folder.stat().st_mtime):
+        if total <= limit_bytes or time.time() - folder.stat().st_mtime < _IN_USE_S:
+            return
+        logger.info("cache: %s deleted (%.2f GB), to stay below %s", folder, sizes[folder] / 1e9, CACHE_LIMIT)
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= sizes[folder]
+
+
+def _is_entry(folder: Path) -> bool:
+    return folder.is_dir() and not folder.name.startswith(".")

@@ -79,6 +79,8 @@ def run_server(
         ModelError: a model cannot be loaded; nothing is left running.
     """
     settings = settings.model_copy(update={"models": tuple(_absolute(uri) for uri in settings.models)})
+    # Serve tells its caller every step of a start; what a user must know is announced below.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_serve = not serve.status().proxies
     port = settings.port
     if started_serve:

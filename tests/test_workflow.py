@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from fewstep.recipe import Recipe, StageName, parse_recipe
+from fewstep.stages import memory
 from fewstep.stages.context import (
     fingerprint,
     guidance_fingerprint,
@@ -105,6 +106,8 @@ def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: d
         ({"prepare__num_train": 100}, "prepare"),
         ({"data__evaluate": "s3://b/evaluate"}, "encode"),
         ({"guidance__w_max": 5.0}, "guidance"),
+        ({"guidance__num_validation": 9}, "guidance"),
+        ({"evaluate__guidance_scale": 3.0}, "progressive"),
         ({"guidance__train__learning_rate": 1e-4}, "guidance"),
         ({"stream__shuffle_shards": 7}, "guidance"),
         ({"progressive__loss_weight": "x"}, "progressive"),
@@ -134,9 +137,6 @@ def test_evaluating_otherwise_trains_nothing_anew(teacher: Path, storage: Storag
     before, after = _recipe(teacher), _recipe(teacher, **changes)
     assert _retrained(before, after) == set()
     assert shards_uri(before, storage, "train") == shards_uri(after, storage, "train")
-    assert latents_fingerprint(before, "train", teacher_digest="t") == latents_fingerprint(
-        after, "train", teacher_digest="t"
-    )
 
 
 @pytest.mark.parametrize(
@@ -154,20 +154,16 @@ def test_what_stage_one_depends_on_trains_everything_anew(teacher: Path, changes
     assert _retrained(_recipe(teacher), _recipe(teacher, **changes)) == {0, 8, 4, 2, 1}
 
 
-def test_other_data_or_another_teacher_trains_everything_anew(teacher: Path) -> None:
+def test_other_data_or_another_teacher_trains_everything_anew(teacher: Path, storage: Storage) -> None:
     recipe = _recipe(teacher)
     prints = {
         guidance_fingerprint(recipe, teacher_digest=model, latents_digest=data) for model in "ab" for data in "cd"
     }
     assert len(prints) == 4
-    names = {
-        latents_fingerprint(recipe, split, teacher_digest=model) for split in ("train", "evaluate") for model in "ab"
-    }
+    names = {latents_fingerprint(recipe, shards_digest=data, teacher_digest=model) for data in "cd" for model in "ab"}
     assert len(names) == 4
     more = _recipe(teacher, prepare__num_train=100)
-    assert latents_fingerprint(recipe, "train", teacher_digest="a") != latents_fingerprint(
-        more, "train", teacher_digest="a"
-    )
+    assert shards_uri(recipe, storage, "train") != shards_uri(more, storage, "train")
 
 
 @pytest.mark.parametrize("rung", [8, 4, 2, 1])
@@ -217,15 +213,18 @@ def test_a_trained_teacher_is_its_recipe(teacher: Path) -> None:
     assert fingerprint(recipe(), "prepare") == fingerprint(recipe(updates=11), "prepare")
 
 
-def test_usage_goes_on_from_what_a_killed_process_used() -> None:
+def test_usage_goes_on_from_what_a_killed_process_used(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[float, int]] = []
     with Usage() as first:
         time.sleep(0.05)
     assert 0.05 <= first.seconds < 5
     assert first.peak_memory_bytes > 2**20
     huge = 2**50
+    monkeypatch.setattr(memory, "_SAVE_EVERY_S", 0.05)
+    monkeypatch.setattr(memory, "_EVERY_S", 0.05)
     with Usage((100.0, huge), save=lambda usage: saved.append((usage.seconds, usage.peak_memory_bytes))) as second:
-        pass
-    assert 100 < second.seconds < 105
+        time.sleep(1)
+    assert 101 <= second.seconds < 110
     assert second.peak_memory_bytes == huge
-    assert saved == []  # too short to be worth it
+    assert len(saved) >= 2
+    assert all(100 < seconds <= second.seconds and peak == huge for seconds, peak in saved)

@@ -49,12 +49,11 @@ def run_stage(
         recipe: the recipe.
         workplace: store and MLflow.
         out: local folder for the report.
-        begun: when the run that this stage belongs to began; None for now. A report marks older stages.
+        begun: when the run that this stage belongs to began; a report marks older stages. None: not known.
 
     Raises:
         FewstepError: the recipe does not have the stage, or an earlier one has not finished.
     """
-    begun = begun or datetime.now(UTC)
     if name not in recipe.stages:
         raise FewstepError(f"recipe {recipe.name} has no stage {name}; its stages are {', '.join(recipe.stages)}")
     storage, tracker = workplace.storage, workplace.tracker
@@ -74,7 +73,14 @@ def run_stage(
         usage = _usage(join(stage_uri(recipe, storage, name), _USAGE), storage)
         with tracker.run(name, key=f"{recipe.name}/{digest}", parent=parent.id, tags=tags) as run, usage:
             context = StageContext(
-                recipe=recipe, storage=storage, tracker=tracker, run=run, parent=parent.id, out=out, begun=begun
+                recipe=recipe,
+                storage=storage,
+                tracker=tracker,
+                run=run,
+                parent=parent.id,
+                out=out,
+                begun=begun,
+                usage=usage,
             )
             try:
                 facts = STAGES[name](context)

@@ -162,7 +162,8 @@ def _wait_for(condition: object, driver: subprocess.Popen[bytes], folder: Path) 
 
 def test_an_error_that_the_user_can_mend_comes_out_as_it_is(storage: Storage, bucket_uri: str, tmp_path: Path) -> None:
     log = tmp_path / "updates"
-    job = toy_job(mischief={"fail_at": 7, "log": str(log)})
+    # The pause lets the asynchronous upload of update 5 end before the training does.
+    job = toy_job(mischief={"fail_at": 7, "log": str(log), "pause_s": 0.7})
     with pytest.raises(DataError, match=r"^too many broken samples: 7 of 10.*look at the shards$"):
         run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=None)
     assert log.read_text().split() == [str(update) for update in range(8)]  # not tried again

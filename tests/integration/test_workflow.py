@@ -22,7 +22,7 @@ from PIL import Image
 from fewstep.errors import ModelError
 from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import Artifact, find_artifact
+from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, memory, stage_uri
 from fewstep.stages.evaluate import evaluate_models
 from fewstep.storage import Storage, join
 from fewstep.tracking.registry import Registry
@@ -158,9 +158,14 @@ def test_evaluating_more_prompts_at_another_scale_trains_nothing_anew(
     assert again["encode"].facts["train"] == artifacts["encode"].facts["train"]
     assert again["encode"].facts["evaluate"]["num_samples"] == prepare.num_evaluate + 8
     assert again["guidance"].facts["training"] == artifacts["guidance"].facts["training"]
-    assert again["progressive"].facts == artifacts["progressive"].facts
+    assert again["progressive"].facts["students"] == artifacts["progressive"].facts["students"]
+    assert (artifacts["guidance"].facts["reused"], again["guidance"].facts["reused"]) == (False, True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert {row["num_images"] for row in report["results"]} == {evaluate.num_prompts + 8}
+    # Trainings that were found done are told with the time that they took then.
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert {name for name, stage in stages.items() if stage["skipped"]} == {"guidance", "progressive"}
+    assert stages["progressive"]["seconds"] >= again["progressive"].facts["training_seconds"] > 0
 
     registry = Registry(workplace.tracker)
     first = artifacts["register"].facts["models"]["tiny-workflow"]["version"]
@@ -210,6 +215,46 @@ def test_the_registered_student_answers_over_http(
             client.images.generate(prompt="a red apple", extra_body={"num_inference_steps": 3})
     finally:
         server.stop()
+
+
+def test_shards_of_ones_own_are_only_read(teacher: Path, workplace: Workplace, tmp_path: Path) -> None:
+    storage = workplace.storage
+    mine = join(storage.root, "my-held-out-pictures")
+    for name in ("index.json", "00000.tar", "00007.tar", "notes.txt"):
+        storage.write_bytes(join(mine, name), name.encode())
+    content = tiny_recipe(teacher, name="tiny-own")
+    recipe = parse_recipe({**content, "data": {"evaluate": mine}, "seed": 5})
+    facts = run_stage("prepare", recipe, workplace, out=tmp_path).facts
+    assert set(facts) == {"train", "alignment"}
+    assert {info.uri.rsplit("/", 1)[-1]: storage.read_bytes(info.uri) for info in storage.list(mine)} == {
+        name: name.encode() for name in ("index.json", "00000.tar", "00007.tar", "notes.txt")
+    }
+
+
+def test_time_of_a_stage_that_failed_is_counted_in(
+    teacher: Path, workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe({**tiny_recipe(teacher, name="tiny-usage"), "seed": 77})
+    uri = stage_uri(recipe, workplace.storage, "prepare")
+    calls: list[int] = []
+
+    def stage(context: StageContext) -> dict[str, Any]:
+        calls.append(1)
+        time.sleep(2)
+        if len(calls) == 1:
+            raise RuntimeError("killed")
+        return {"done": True}
+
+    monkeypatch.setattr(memory, "_SAVE_EVERY_S", 0.5)
+    monkeypatch.setattr(memory, "_EVERY_S", 0.1)
+    monkeypatch.setitem(STAGES, "prepare", stage)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_stage("prepare", recipe, workplace, out=tmp_path)
+    before = workplace.storage.read_json(join(uri, "usage.json"))
+    assert before["seconds"] > 0.5
+    artifact = run_stage("prepare", recipe, workplace, out=tmp_path)
+    assert artifact.seconds >= before["seconds"] + 2
+    assert not workplace.storage.exists(join(uri, "usage.json"))
 
 
 def test_a_stage_before_its_turn_names_the_missing_one(teacher: Path, workplace: Workplace, tmp_path: Path) -> None:

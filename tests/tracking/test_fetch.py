@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -149,6 +150,36 @@ def test_cache_is_kept_below_its_limit_and_what_was_used_last_stays(tmp_path, mo
     cached_folder(Path("models", "new"), _fill)
     assert {folder.name for folder in cache.glob("*/*") if folder.is_dir()} == {"older", "recent", "new"}
     assert (older / "weights").stat().st_size == 1_000_000
+
+
+def test_cache_takes_out_what_killed_processes_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE_GB", "0.0015")
+    cache = tmp_path / "home" / "cache"
+    left = cache / "s3" / ".half-abc123"
+    _fill(left)
+    _age(left, 2)
+    cached_folder(Path("s3", "whole"), _fill)
+    assert sorted(folder.name for folder in (cache / "s3").iterdir() if folder.is_dir()) == ["whole"]
+
+
+def test_deleting_never_shows_a_half(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE_GB", "0")
+    old = cached_folder(Path("s3", "old"), _fill)
+    _age(old, 2)
+    real = shutil.rmtree
+
+    def killed(path, *arguments, **options):
+        if "deleted" in str(path) and Path(path).exists():
+            raise KeyboardInterrupt
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cached_folder(Path("s3", "new"), _fill)
+    assert not old.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path / "home"))
+    assert (cached_folder(Path("s3", "old"), _fill) / "weights").stat().st_size == 1_000_000
 
 
 def test_cache_has_room_by_default(tmp_path):

@@ -158,7 +158,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
 
 def test_full_disk_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "state.pt").symlink_to("/dev/full")
-    state = TrainState("f", {}, 5, {"w": torch.zeros(100_000)}, None, {}, {}, {}, {}, 0.0, 0.0)
+    state = TrainState("f", {}, 5, {"w": torch.zeros(100_000)}, None, {}, {}, {}, {}, 0.0, 0.0, "float32")
     with pytest.raises(CheckpointError, match=r"update 5 cannot be written.*TMPDIR"):
         save_state(state, str(tmp_path))
     assert list(tmp_path.iterdir()) == []  # nothing half written stays

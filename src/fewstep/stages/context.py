@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from fewstep.data.emoji.dataset import SPLITS, Split
 from fewstep.errors import FewstepError
 from fewstep.models import load_parts
 from fewstep.recipe import Recipe, StageName, digest
+from fewstep.stages.memory import Usage
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.registry import Registry
@@ -56,7 +57,8 @@ class StageContext:
         run: the stage's own MLflow run.
         parent: id of the workflow's run, for runs of rungs.
         out: local folder for what a user looks at (report, pictures).
-        begun: when the run that this stage belongs to began.
+        begun: when the run that this stage belongs to began; None when it is not known.
+        usage: time and memory of the stage so far.
     """
 
     recipe: Recipe
@@ -65,7 +67,8 @@ class StageContext:
     run: Run
     parent: str
     out: Path
-    begun: datetime = field(default_factory=lambda: datetime.now(UTC))
+    begun: datetime | None = None
+    usage: Usage | None = None
 
     def uri(self, stage: StageName) -> str:
         """Return the folder of a stage's artifact."""
@@ -129,7 +132,11 @@ def pin_teacher(context: StageContext) -> str:
     if "://" not in uri and not uri.startswith("asset:") and folder.is_dir():
         load_parts(folder)  # an incomplete model is told before it is stored
         uri = join(context.storage.root, "teachers", folder_digest(folder)[:16])
-        context.storage.upload_folder(folder, uri)
+        stored = f"{uri}.stored"
+        # Written last, and never twice: other workflows may be reading it.
+        if not context.storage.exists(stored):
+            context.storage.upload_folder(folder, uri)
+            context.storage.write_bytes(stored, b"")
     return uri
 
 
@@ -171,8 +178,8 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
         inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)}
     elif stage == "guidance":
         inputs |= {"settings": _dump(recipe.guidance), "encode": fingerprint(recipe, "encode"), "stream": stream}
-        inputs["guidance_scale"] = recipe.evaluate.guidance_scale
     elif stage == "progressive":
+        inputs["guidance_scale"] = recipe.evaluate.guidance_scale  # of the picture grids
         inputs |= {"settings": _dump(recipe.progressive), "guidance": fingerprint(recipe, "guidance"), "stream": stream}
     elif stage == "evaluate":
         inputs |= {"settings": _dump(recipe.evaluate), "progressive": fingerprint(recipe, "progressive")}
@@ -200,16 +207,16 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
     )
 
 
-def latents_fingerprint(recipe: Recipe, split: Split, *, teacher_digest: str) -> str:
-    """Return a digest of the latent shards of a split.
+def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: str) -> str:
+    """Return a digest of the latents that a teacher gives of picture shards, both named by their content.
 
     Args:
         recipe: the recipe.
-        split: train or evaluate.
+        shards_digest: digest of the index of the picture shards.
         teacher_digest: `folder_digest` of the teacher.
     """
     return digest(
-        {"settings": _dump(recipe.encode), "data": _split(recipe, split), "teacher": teacher_digest, "format": _FORMAT}
+        {"settings": _dump(recipe.encode), "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
     )
 
 
@@ -227,7 +234,7 @@ def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest:
     assert recipe.guidance is not None
     return digest(
         {
-            "settings": _dump(recipe.guidance),
+            "settings": _without(_dump(recipe.guidance), {"num_validation"}),
             "teacher": teacher_digest,
             "latents": latents_digest,
             "stream": _order(recipe),
@@ -300,7 +307,6 @@ _WATCHING = {
     "num_checkpoints_to_keep",
     "keep_checkpoints_when_done",
     "log_every",
-    "num_validation",
     "batch_size",
     "num_threads",
 }

@@ -30,9 +30,14 @@ def encode(context: StageContext) -> dict[str, Any]:
     facts: dict[str, Any] = {"teacher": teacher, "teacher_digest": folder_digest(folder)}
     splits: tuple[Literal["train", "evaluate"], ...] = ("train", "evaluate")
     for split in splits:
-        name = latents_fingerprint(recipe, split, teacher_digest=facts["teacher_digest"])[:16]
+        shards = context.shards(split)
+        name = latents_fingerprint(
+            recipe,
+            shards_digest=read_index(shards, storage=context.storage).digest,
+            teacher_digest=facts["teacher_digest"],
+        )[:16]
         facts[split] = encode_shards(
-            context.shards(split),
+            shards,
             join(context.storage.root, "latents", split, name),
             parts=parts,
             storage=context.storage,

@@ -25,9 +25,8 @@ from fewstep.evaluate.report import ReportFiles, write_report
 from fewstep.evaluate.schema import StageUsage
 from fewstep.models import TextToImageParts, load_parts, read_student_info
 from fewstep.recipe import Recipe
-from fewstep.stages.context import StageContext, find_artifact, pin_teacher
+from fewstep.stages.context import Artifact, StageContext, find_artifact, pin_teacher
 from fewstep.stages.device import driver_device
-from fewstep.stages.memory import Usage
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -40,19 +39,12 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     trained = context.artifact("progressive").facts["students"]
     students = {steps: fetch_model(trained[str(steps)]["uri"], storage=storage) for steps in recipe.evaluate.steps}
     before = [(name, find_artifact(recipe, storage, name)) for name in recipe.stages if name != "evaluate"]
-    usage = [
-        StageUsage(
-            name=name,
-            seconds=found.seconds,
-            peak_memory_bytes=found.peak_memory_bytes,
-            skipped=datetime.fromisoformat(found.finished) < context.begun,
-        )
-        for name, found in before
-        if found is not None
-    ]
-    with Usage() as own:
-        comparison = _compare(context, context.teacher(), students)
-    usage.append(StageUsage(name="evaluate", seconds=own.seconds, peak_memory_bytes=own.peak_memory_bytes))
+    usage = [_stage_usage(name, found, context.begun) for name, found in before if found is not None]
+    comparison = _compare(context, context.teacher(), students)
+    own = context.usage
+    if own is not None:
+        own.count()
+        usage.append(StageUsage(name="evaluate", seconds=own.seconds, peak_memory_bytes=own.peak_memory_bytes))
     error = context.artifact("guidance").facts["relative_error"]
     comparison = replace(comparison, report=comparison.report.model_copy(update={"stage_one_relative_error": error}))
     files = write_report(comparison, context.out, stages=usage, title=f"fewstep · {recipe.name}")
@@ -64,6 +56,17 @@ def evaluate(context: StageContext) -> dict[str, Any]:
         figures = {name: getattr(result, name) for name in _FIGURES}
         context.run.log_metrics({f"{row}.{name}": value for name, value in figures.items() if value is not None})
     return {"report": join(context.uri("evaluate"), files.json.name)}
+
+
+def _stage_usage(name: str, found: Artifact, begun: datetime | None) -> StageUsage:
+    """Return what a stage took; where it found its trainings done by an earlier recipe, what those took."""
+    older = begun is not None and bool(found.finished) and datetime.fromisoformat(found.finished) < begun
+    return StageUsage(
+        name=name,
+        seconds=max(found.seconds, found.facts.get("training_seconds", 0.0)),
+        peak_memory_bytes=found.peak_memory_bytes,
+        skipped=older or found.facts.get("reused", False),
+    )
 
 
 def evaluate_models(

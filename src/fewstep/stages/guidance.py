@@ -25,7 +25,7 @@ from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.job import TrainJob
-from fewstep.train.run import run_training
+from fewstep.train.run import finished_result, run_training
 
 _VALIDATION_BATCH = 64
 
@@ -66,12 +66,19 @@ def guidance(context: StageContext) -> dict[str, Any]:
     )
     context.run.log_params(settings)
     uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")
+    reused = finished_result(job, storage=storage, uri=uri) is not None
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     errors = _relative_errors(context, result.export_uri)
     context.run.log_metrics({f"relative_error_w_{w:g}": error for w, error in errors.items()}, step=result.updates)
     mean = sum(errors.values()) / len(errors)
     context.run.log_metrics({"relative_error": mean}, step=result.updates)
-    facts = {"training": result.to_json(), "fingerprint": info.fingerprint, "relative_error": mean}
+    facts = {
+        "training": result.to_json(),
+        "training_seconds": result.seconds,
+        "reused": reused,
+        "fingerprint": info.fingerprint,
+        "relative_error": mean,
+    }
     return facts | {"relative_error_by_w": {f"{w:g}": error for w, error in errors.items()}}
 
 

@@ -43,9 +43,10 @@ class Usage:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._count()
+        self.count()
 
-    def _count(self) -> None:
+    def count(self) -> None:
+        """Bring `seconds` up to now."""
         self.seconds = self._earlier_s + time.monotonic() - self._started
 
     def _watch(self) -> None:
@@ -54,7 +55,7 @@ class Usage:
             self.peak_memory_bytes = max(self.peak_memory_bytes, _tree_bytes())
             if self._save is not None and time.monotonic() - saved >= _SAVE_EVERY_S:
                 saved = time.monotonic()
-                self._count()
+                self.count()
                 self._save(self)
             if self._stop.wait(_EVERY_S):
                 return

@@ -17,14 +17,16 @@ from fewstep.storage import join
 def prepare(context: StageContext) -> dict[str, Any]:
     """Draw the emoji set and store its splits; returns address, digest and size of each.
 
-    A split lies under its own address, so that more held-out scenes leave the training scenes as they are.
+    A split lies under its own address, so that more held-out scenes leave the training scenes as they are. One for
+    which the recipe names shards of the user's own is not drawn: those are only read.
     """
     settings = context.recipe.prepare
     assert settings is not None
     facts: dict[str, Any] = {}
-    total = sum(settings.num_samples(split) for split in SPLITS)
+    drawn = [split for split in SPLITS if getattr(context.recipe.data, split) is None]
+    total = sum(settings.num_samples(split) for split in drawn)
     with Progress("prepare", total, "images") as progress:
-        for split in SPLITS:
+        for split in drawn:
             uri = shards_uri(context.recipe, context.storage, split)
             metadata = join(uri, "metadata.parquet")
             # The metadata come last: with them the split counts as written.
@@ -39,8 +41,8 @@ def prepare(context: StageContext) -> dict[str, Any]:
                 "num_samples": index.num_samples,
                 "num_shards": len(index.shards),
             }
-    context.run.log_metrics({f"{split}_samples": facts[split]["num_samples"] for split in SPLITS})
-    context.run.set_tags({f"fewstep.{split}_digest": facts[split]["digest"] for split in SPLITS})
+    context.run.log_metrics({f"{split}_samples": facts[split]["num_samples"] for split in drawn})
+    context.run.set_tags({f"fewstep.{split}_digest": facts[split]["digest"] for split in drawn})
     return facts
 
 

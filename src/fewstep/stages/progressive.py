@@ -18,7 +18,7 @@ from fewstep.stages.guidance import TeacherSource, export_student, held_out_samp
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob
-from fewstep.train.run import run_training
+from fewstep.train.run import finished_result, run_training
 
 _GRID_PROMPTS = 16
 
@@ -33,6 +33,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
     stage_one = context.artifact("guidance").facts
     before, fingerprint = stage_one["training"]["export_uri"], stage_one["fingerprint"]
     students: dict[str, Any] = {}
+    reused, seconds = True, 0.0
     for steps in settings.ladder:
         fingerprint = rung_fingerprint(recipe, steps, before=fingerprint)
         info = StudentInfo(
@@ -65,14 +66,17 @@ def progressive(context: StageContext) -> dict[str, Any]:
         )
         uri = join(storage.root, "students", f"{name.replace(' ', '-')}-{info.fingerprint[:16]}")
         with context.tracker.run(
-            f"progressive {name}", key=f"{recipe.name}/{info.fingerprint}", parent=context.parent
+            f"progressive {name}", key=f"{recipe.name}/{recipe.digest()}/{info.fingerprint}", parent=context.parent
         ) as run:
             run.log_params(train)
+            reused = reused and finished_result(job, storage=storage, uri=uri) is not None
             result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=run.handle())
+            # A rung that an earlier recipe trained has its curves there, and here its end.
+            run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)
             run.log_image(_grid(context, result.export_uri, steps), f"samples_{steps}", step=result.updates)
-        before = result.export_uri
+        before, seconds = result.export_uri, seconds + result.seconds
         students[str(steps)] = {"uri": result.export_uri, "training": result.to_json(), "fingerprint": info.fingerprint}
-    return {"students": students}
+    return {"students": students, "training_seconds": seconds, "reused": reused}
 
 
 def _objective(

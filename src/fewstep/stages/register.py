@@ -41,7 +41,7 @@ def register(context: StageContext) -> dict[str, Any]:
         metrics = {} if row is None else {f: getattr(row, f) for f in _METRICS if getattr(row, f) is not None}
         trained_folder = fetch_model(trained[str(steps)]["uri"], storage=storage)
         with tempfile.TemporaryDirectory() as scratch:
-            student, print_ = _at_scale(trained_folder, Path(scratch, "student"), recipe.evaluate.guidance_scale)
+            student, registered_as = _at_scale(trained_folder, Path(scratch, "student"), recipe.evaluate.guidance_scale)
             version = registry.log_student(
                 context.run,
                 student,
@@ -51,7 +51,7 @@ def register(context: StageContext) -> dict[str, Any]:
                     "num_inference_steps": str(steps),
                     "teacher": context.teacher(),
                     "data_digest": data["source_digest"],
-                    "fingerprint": print_,
+                    "fingerprint": registered_as,
                     "recipe": recipe.name,
                     "evaluation": fingerprint(recipe, "evaluate"),
                 },
@@ -71,12 +71,11 @@ _METRICS = ("kid_lite0_to_real", "kid_lite0_to_teacher", "fd_lite0_to_real", "al
 def _at_scale(folder: Path, copy: Path, guidance_scale: float) -> tuple[Path, str]:
     """Return a student's folder and fingerprint, with the scale that it was evaluated at as its default.
 
-    Training does not depend on the scale, so its folder may carry that of an earlier recipe.
+    Training does not depend on the scale, so its folder may carry that of an earlier recipe; the version in the
+    registry does, so that its fingerprint is that of both.
     """
     info = read_student_info(folder)
     assert info is not None  # our own export
-    if info.guidance_scale == guidance_scale:
-        return folder, info.fingerprint
     info = replace(
         info,
         guidance_scale=guidance_scale,

@@ -26,7 +26,7 @@ _IN_USE_S = 3600.0
 
 
 def cached_folder(name: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made by `fill(folder)` if it is not there yet.
+    """The folder `name` (KIND/ENTRY) of the cache, made by `fill(folder)` if it is not there yet.
 
     It appears in one step when `fill` is through, and processes that want it at the same time wait for one of them.
     Afterwards the folders that were not asked for the longest are deleted until all are below $FEWSTEP_CACHE_GB (100);
@@ -49,8 +49,8 @@ def cached_folder(name: Path, fill: Callable[[Path], None]) -> Path:
             try:
                 folder = workplace / target.name
                 fill(folder)
+                os.utime(folder)  # when it was asked for; a copy may have brought the time of its source
                 os.replace(folder, target)
-                os.utime(target)
             finally:
                 shutil.rmtree(workplace, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process prunes, too
@@ -74,16 +74,33 @@ def _limit_bytes() -> float:
 
 
 def _prune(root: Path, limit_bytes: float) -> None:
-    found = [folder for kind in root.iterdir() if kind.is_dir() for folder in kind.iterdir() if _is_entry(folder)]
+    # All names are KIND/ENTRY.
+    found = [folder for kind in root.iterdir() if kind.is_dir() for folder in kind.iterdir() if folder.is_dir()]
     sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in found}
     total = sum(sizes.values())
     for folder in sorted(found, key=lambda folder: folder.stat().st_mtime):
         if total <= limit_bytes or time.time() - folder.stat().st_mtime < _IN_USE_S:
             return
-        logger.info("cache: %s deleted (%.2f GB), to stay below %s", folder, sizes[folder] / 1e9, CACHE_LIMIT)
+        if _delete(folder):
+            logger.info("cache: %s deleted (%.2f GB), to stay below %s", folder, sizes[folder] / 1e9, CACHE_LIMIT)
+            total -= sizes[folder]
+
+
+def _delete(folder: Path) -> bool:
+    """Take a folder out of sight in one step, then delete it, unless somebody asked for it meanwhile."""
+    if _is_left_over(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        total -= sizes[folder]
+        return True
+    hidden = folder.with_name(f".{folder.name}-deleted")
+    with FileLock(f"{folder}.lock"):
+        if time.time() - folder.stat().st_mtime < _IN_USE_S:
+            return False
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+    return True
 
 
-def _is_entry(folder: Path) -> bool:
-    return folder.is_dir() and not folder.name.startswith(".")
+def _is_left_over(folder: Path) -> bool:
+    """Whether the folder is the workplace of a process that was killed while it filled or deleted."""
+    return folder.name.startswith(".")

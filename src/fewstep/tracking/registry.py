@@ -80,7 +80,7 @@ class Registry:
 
         `tags` must have num_inference_steps, teacher, data_digest and fingerprint; they, and the code's lineage, are
         put on the model and on the version as ``fewstep.TAG``. A fingerprint that is registered already for these steps
-        gives its version, and nothing is stored again.
+        gives its version, with tags and metrics brought up to date, and nothing is stored again.
         """
         from mlflow.entities import LoggedModelOutput, Metric
 
@@ -95,6 +95,7 @@ class Registry:
         with failures(f"register {name!r}", self._tracker.settings):
             known = self._find(name, fingerprint=all_tags[FINGERPRINT_TAG], steps=all_tags[STEPS_TAG])
             if known is not None:
+                self._refresh(run, name, known, all_tags, metrics)
                 return known
             model = self._client.create_logged_model(
                 self._tracker.experiment_id, name=name, source_run_id=run.id, tags=all_tags, params=flatten(params),
@@ -123,6 +124,20 @@ class Registry:
             link = json.dumps([{"name": name, "version": int(created.version)}])
             self._client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})
         return int(created.version)
+
+    def _refresh(
+        self, run: Run, name: str, version: int, tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
+        """Give a version that was registered before the tags and figures of its newest evaluation."""
+        from mlflow.entities import Metric
+
+        known = self._client.get_model_version(name, str(version))
+        for tag, value in tags.items():
+            if tag.startswith("fewstep.") and known.tags.get(tag) != value:
+                self._client.set_model_version_tag(name, str(version), tag, value)
+        model_id, now_ms = known.tags.get("fewstep.model_id"), int(time.time() * 1000)
+        rows = [Metric(key, float(value), now_ms, 0, model_id=model_id) for key, value in metrics.items()]
+        self._client.log_batch(run.id, metrics=rows)
 
     def set_alias(self, name: str, alias: str, version: int, *, reason: str | None = None) -> None:
         """Points `alias` at `version`; `reason` (what the gate said) becomes a tag of the version."""
@@ -221,7 +236,7 @@ class Registry:
         with failures(f"download {model.uri}", self._tracker.settings):
             location = str(self._client.get_model_version_download_uri(name=model.name, version=str(model.version)))
         return cached_folder(
-            Path("models", model.name, f"{model.version}-{digest}"),
+            Path("models", f"{model.name}-{model.version}-{digest}"),
             lambda folder: self._tracker.artifacts.read_folder(location, folder),
         )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError
 from fewstep.train.job import TrainJob
+from fewstep.train.precision import Precision
 
 FILE_NAME = "state.pt"
 _SCRATCH_PREFIX = "fewstep-train-"
@@ -37,6 +38,7 @@ class TrainState:
         skipped: samples skipped so far, by reason, over all workers.
         figures: the last readings.
         seconds, waited_s: time in the loop, and the part of it spent waiting for data.
+        precision: what the network computed in; a training keeps to it, wherever it goes on.
     """
 
     fingerprint: str
@@ -50,6 +52,7 @@ class TrainState:
     figures: dict[str, float]
     seconds: float
     waited_s: float
+    precision: Precision
 
 
 def save_state(state: TrainState, folder: str) -> None:

@@ -56,6 +56,8 @@ def train(job: TrainJob, host: Host) -> Trained:
     ema = Ema(network, settings.ema_decay) if settings.ema_decay is not None else None
     source = job.batches(rank=host.rank, world_size=host.world_size)
 
+    # Asked once, of one worker: a training that goes on elsewhere, or on unlike machines, keeps to one type.
+    precision = host.gather(resolve_precision(settings.precision, device))[0]
     first, earlier_s, waited_s = 0, 0.0, 0.0
     skipped_before: dict[str, int] = {}
     means: dict[str, float] = {}
@@ -68,13 +70,12 @@ def train(job: TrainJob, host: Host) -> Trained:
             ema.load_state_dict(state.ema)
         source.load_state(state.streams)
         first, earlier_s, waited_s, skipped_before = state.update, state.seconds, state.waited_s, state.skipped
-        means = state.figures
+        means, precision = state.figures, state.precision
     resumed_from = first if state is not None else None
     del state
 
     model = host.parallel(network)
-    in_bfloat16 = resolve_precision(settings.precision, device) == "bfloat16"
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
     stream = iter(source)
     meters = Meters(samples_per_update=settings.global_batch_size, seconds=earlier_s, waited_s=waited_s)
     host.ticked(first)
@@ -124,6 +125,7 @@ def train(job: TrainJob, host: Host) -> Trained:
                         figures=means,
                         seconds=meters.seconds,
                         waited_s=meters.waited_s,
+                        precision=precision,
                     )
                     if host.rank == 0
                     else None,
@@ -193,5 +195,5 @@ def _diverged(job: TrainJob, what: str, update: int, checkpoint_uri: str) -> str
         f"{job.name}: {what} at update {update} of {settings.updates}. Nothing of it was saved: the last good "
         f"checkpoint is still in {checkpoint_uri}. Usual ways out: a lower learning_rate (now "
         f"{settings.learning_rate:g}), a smaller grad_clip_norm (now {settings.grad_clip_norm:g}), more "
-        f"warmup_updates (now {settings.warmup_updates}), or precision float32 (now {settings.precision})"
+        f"warmup_updates (now {settings.warmup_updates}), or precision: float32 (the recipe says {settings.precision})"
     )

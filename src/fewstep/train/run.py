@@ -21,6 +21,7 @@ from fewstep.storage import join
 from fewstep.train.board import Notes, make_board
 from fewstep.train.cluster import local_ray, worker_size
 from fewstep.train.job import TrackerHandle, TrainJob, TrainResult
+from fewstep.train.lease import lease
 from fewstep.train.progress import ProgressPrinter, Watcher
 from fewstep.train.settings import ClusterSettings
 from fewstep.train.worker import RESULT_NAME, WorkerTask, run_worker
@@ -40,7 +41,7 @@ def run_training(
 
     Under `uri` (in the store) lie `checkpoints/`, `export/` and, written last, `result.json`. A worker that dies is
     started again up to `cluster.max_failures` times; after the death of this process or of the machine, the same call
-    goes on from the last checkpoint.
+    goes on from the last checkpoint. Another process that runs the same training is waited for.
 
     Raises:
         CheckpointError: what lies under `uri` is of another recipe, or damaged.
@@ -55,12 +56,11 @@ def run_training(
             f"{job.name}: global_batch_size={job.settings.global_batch_size} cannot be shared equally by "
             f"cluster.num_workers={cluster.num_workers}; take a multiple"
         )
-    with local_ray(cluster):
-        board = make_board()
-        trainer = _trainer(job, cluster=cluster, storage=storage, uri=uri, tracker=tracker, board=board)
-        with _progress(job, board), _restored_interrupt():
-            _fit(trainer, job, board=board, uri=uri, cluster=cluster)
-    result = finished_result(job, storage=storage, uri=uri)
+    with lease(join(uri, "lease.json"), storage=storage, what=job.name):
+        result = finished_result(job, storage=storage, uri=uri)  # by whom this process had to wait for
+        if result is None:
+            _run(job, cluster=cluster, storage=storage, uri=uri, tracker=tracker)
+            result = finished_result(job, storage=storage, uri=uri)
     if result is None:
         raise FewstepError(
             f"{job.name}: the training was stopped before its end; its last checkpoint is in "
@@ -68,6 +68,14 @@ def run_training(
         )
     _drop_checkpoints(job, storage, uri)
     return result
+
+
+def _run(job: TrainJob, *, cluster: ClusterSettings, storage: Storage, uri: str, tracker: TrackerHandle | None) -> None:
+    with local_ray(cluster):
+        board = make_board()
+        trainer = _trainer(job, cluster=cluster, storage=storage, uri=uri, tracker=tracker, board=board)
+        with _progress(job, board), _restored_interrupt():
+            _fit(trainer, job, board=board, uri=uri, cluster=cluster)
 
 
 def _drop_checkpoints(job: TrainJob, storage: Storage, uri: str) -> None:

@@ -86,8 +86,8 @@ def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> Fews
     batch_size = job.settings.global_batch_size
     return FewstepError(
         f"{job.name}: the GPU's memory is full ({str(error).splitlines()[0]}). A worker has {batch_size // world_size} "
-        f"of global_batch_size={batch_size} at once, in {job.settings.precision}: take more workers "
-        "(cluster.num_workers), a smaller global_batch_size, or precision: bfloat16"
+        f"of global_batch_size={batch_size} at once, with precision: {job.settings.precision}. Take more workers "
+        "(cluster.num_workers), a smaller global_batch_size, or bfloat16"
     )
 
 

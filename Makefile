@@ -65,7 +65,7 @@ format: install-dev ## Put the code into the house format
 	$(BIN)/ruff check --fix src tests
 	$(BIN)/ruff format src tests
 
-teacher: install ## Train the shipped emoji teacher again, from its recipe
+teacher: install ## Train an emoji teacher like the shipped one, from its recipe
 	$(FEWSTEP) run workflows/recipes/emoji-teacher.yaml
 
 serve: install ## Serve over HTTP: make serve MODEL=models:/NAME@champion; without MODEL the demo's, or a shipped student

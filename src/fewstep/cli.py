@@ -155,7 +155,7 @@ def sample(
 ) -> None:
     """Make one PNG for each of PROMPTS with MODEL, a student or a teacher.
 
-    Example: fewstep sample asset:emoji-student-4 "a red apple, twemoji" "two birds on blue"
+    Example: fewstep sample asset:emoji-student-4 "a red apple, twemoji" "two fruits on blue"
     """
     from fewstep.models import load_parts, read_student_info
     from fewstep.serve.files import default_device, save_images

@@ -104,7 +104,7 @@ def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: d
     [
         ({"seed": 1}, "prepare"),
         ({"prepare__num_train": 100}, "prepare"),
-        ({"data__evaluate": "s3://b/evaluate"}, "encode"),
+        ({"data__evaluate": "s3://b/evaluate"}, "prepare"),
         ({"guidance__w_max": 5.0}, "guidance"),
         ({"guidance__num_validation": 9}, "guidance"),
         ({"evaluate__guidance_scale": 3.0}, "progressive"),

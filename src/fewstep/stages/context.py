@@ -24,6 +24,9 @@ DONE = "done.json"
 #: Raised when a stage changes what it makes of the same settings, so that older artifacts are made again.
 _FORMAT = 2
 
+#: Written beside a folder after its last file.
+_STORED = ".stored"
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -94,9 +97,9 @@ class StageContext:
         Raises:
             FewstepError: the recipe names none and has no prepare stage.
         """
-        if getattr(self.recipe.data, split) is None and "prepare" not in self.recipe.stages:
-            raise FewstepError(f"the recipe names no data.{split}: add the URI of webdataset shards under that key")
         if getattr(self.recipe.data, split) is None:
+            if "prepare" not in self.recipe.stages:
+                raise FewstepError(f"the recipe names no data.{split}: add the URI of webdataset shards under that key")
             self.artifact("prepare")  # it has run
         return shards_uri(self.recipe, self.storage, split)
 
@@ -132,12 +135,20 @@ def pin_teacher(context: StageContext) -> str:
     if "://" not in uri and not uri.startswith("asset:") and folder.is_dir():
         load_parts(folder)  # an incomplete model is told before it is stored
         uri = join(context.storage.root, "teachers", folder_digest(folder)[:16])
-        stored = f"{uri}.stored"
-        # Written last, and never twice: other workflows may be reading it.
-        if not context.storage.exists(stored):
-            context.storage.upload_folder(folder, uri)
-            context.storage.write_bytes(stored, b"")
+        store_once(folder, uri, context.storage)
     return uri
+
+
+def store_once(folder: Path, uri: str, storage: Storage) -> None:
+    """Upload a folder unless it is there whole: others may be reading it. One that was cut short is stored again."""
+    if not is_stored(uri, storage):
+        storage.upload_folder(folder, uri)
+        storage.write_bytes(uri + _STORED, b"")
+
+
+def is_stored(uri: str, storage: Storage) -> bool:
+    """Return whether `store_once` has stored a folder there."""
+    return storage.exists(uri + _STORED)
 
 
 def shards_uri(recipe: Recipe, storage: Storage, split: Split) -> str:
@@ -168,7 +179,8 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     inputs: dict[str, Any] = {"stage": stage, "format": _FORMAT, "seed": recipe.seed}
     stream = _order(recipe)
     if stage == "prepare":
-        inputs["settings"] = _dump(recipe.prepare)
+        # Which splits are drawn belongs to it: one that the recipe no longer names elsewhere has to be drawn after all.
+        inputs |= {"settings": _dump(recipe.prepare), "drawn": drawn_splits(recipe)}
     elif stage == "teacher":
         inputs |= {"settings": _dump(recipe.train_teacher), "data": _split(recipe, "train"), "stream": stream}
         if recipe.train_teacher is not None and recipe.train_teacher.init is not None:
@@ -266,6 +278,11 @@ def rung_fingerprint(recipe: Recipe, num_inference_steps: int, *, before: str) -
 
 def _order(recipe: Recipe) -> dict[str, Any]:
     return {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards}
+
+
+def drawn_splits(recipe: Recipe) -> list[Split]:
+    """Return the splits that prepare draws: those for which the recipe names no shards of the user's own."""
+    return [split for split in SPLITS if getattr(recipe.data, split) is None]
 
 
 def _split(recipe: Recipe, split: Split) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fewstep.data.emoji import EmojiSettings, emoji_samples
-from fewstep.data.emoji.dataset import SPLITS, Split
+from fewstep.data.emoji.dataset import Split
 from fewstep.data.shards import ShardIndex, read_index, write_metadata, write_shards
-from fewstep.stages.context import StageContext, shards_uri
+from fewstep.stages.context import StageContext, drawn_splits, shards_uri
 from fewstep.stages.progress import Progress
 from fewstep.storage import join
 
@@ -23,7 +23,7 @@ def prepare(context: StageContext) -> dict[str, Any]:
     settings = context.recipe.prepare
     assert settings is not None
     facts: dict[str, Any] = {}
-    drawn = [split for split in SPLITS if getattr(context.recipe.data, split) is None]
+    drawn = drawn_splits(context.recipe)
     total = sum(settings.num_samples(split) for split in drawn)
     with Progress("prepare", total, "images") as progress:
         for split in drawn:

@@ -19,7 +19,7 @@ from fewstep.distill import AutoencoderObjective, DenoisingObjective, TextToImag
 from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, load_parts
 from fewstep.recipe import TeacherStage, digest
 from fewstep.stages.batches import latent_batches, picture_batches
-from fewstep.stages.context import StageContext, autoencoder_fingerprint, fingerprint
+from fewstep.stages.context import StageContext, autoencoder_fingerprint, fingerprint, is_stored, store_once
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_shards
 from fewstep.storage import Storage, join
@@ -28,8 +28,6 @@ from fewstep.train.job import TrainJob, TrainResult
 from fewstep.train.run import run_training
 
 _LATENT_SAMPLES = 2048
-#: Written beside a folder after its last file: one that was cut short is stored again.
-_STORED = ".stored"
 
 
 def teacher(context: StageContext) -> dict[str, Any]:
@@ -115,11 +113,10 @@ def _train_autoencoder(context: StageContext, settings: TeacherStage, shards: st
 
 
 def _store_init(context: StageContext, init: str, begin: str) -> None:
-    if not context.storage.exists(begin + _STORED):
-        folder = fetch_model(init, storage=context.storage, tracking=context.tracker)
+    if not is_stored(begin, context.storage):
+        folder = context.fetch(init)
         load_parts(folder)  # an incomplete model is told now, not by a worker
-        context.storage.upload_folder(folder, begin)
-        context.storage.write_bytes(begin + _STORED, b"")
+        store_once(folder, begin, context.storage)
 
 
 def _train(context: StageContext, job: TrainJob, uri: str) -> TrainResult:
@@ -148,7 +145,7 @@ def _export_vae(network: nn.Module, folder: str) -> None:
 def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, begin: str, shards: str) -> None:
     """Store the teacher as it is before its training: the VAE with its latents scaled to unit variance, the tokenizer
     learned from the captions, and fresh networks. Workers begin from this folder, so that all begin alike."""
-    if context.storage.exists(begin + _STORED):
+    if is_stored(begin, context.storage):
         return
     vae = AutoencoderKL.from_pretrained(str(fetch_model(vae_uri, storage=context.storage)))
     resolution = settings.autoencoder.resolution
@@ -172,8 +169,9 @@ def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, be
         unet=settings.network.build_unet(latent_channels=settings.autoencoder.latent_channels, latent_size=size),
         scheduler_config=SCHEDULER_CONFIG,
     )
-    _upload(parts, begin, context.storage)
-    context.storage.write_bytes(begin + _STORED, b"")
+    with tempfile.TemporaryDirectory() as folder:
+        parts.save(folder)
+        store_once(Path(folder), begin, context.storage)
 
 
 @torch.no_grad()
@@ -181,12 +179,6 @@ def _scaling_factor(vae: AutoencoderKL, pixels: Tensor) -> float:
     """Return the factor that brings the latents to unit variance (Rombach et al. 2022, appendix D.1)."""
     means = [vae.encode(batch.float() / 127.5 - 1).latent_dist.mean for batch in pixels.split(64)]
     return float(1 / torch.cat(means).std())
-
-
-def _upload(parts: TextToImageParts, uri: str, storage: Storage) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        parts.save(folder)
-        storage.upload_folder(folder, uri)
 
 
 def _denoising_objective(

@@ -85,6 +85,18 @@ def test_updates_of_single_rungs() -> None:
         ({"progressive": None}, ["stages has progressive", "add the key progressive"]),
         ({"prepare": None}, ["stages has prepare", "add the key prepare"]),
         ({"stages": ["teacher", "encode"]}, ["stages has teacher", "add the key train_teacher"]),
+        (
+            {"train_teacher": {"init": "m", "autoencoder_train": TRAIN, "train": TRAIN}},
+            ["begins either from a model (init) or from nothing (autoencoder_train)"],
+        ),
+        (
+            {"train_teacher": {"add_pooled_text": True, "autoencoder_train": TRAIN, "train": TRAIN}},
+            ["add_pooled_text changes the model named by init", "network.pooled_text"],
+        ),
+        (
+            {"train_teacher": {"network": {"text_width": 100}, "autoencoder_train": TRAIN, "train": TRAIN}},
+            ["text_width=100 cannot be shared equally by num_attention_heads=8"],
+        ),
         ({"stages": ["encode", "prepare"]}, ["out of order or doubled; the order is ['prepare', 'encode']"]),
         ({"stages": ["prepare", "prepare"]}, ["out of order or doubled"]),
         ({"stages": ["prepare", "enc"]}, ["stages.1='enc'", "'encode'"]),

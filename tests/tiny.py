@@ -20,7 +20,7 @@ from fewstep.models import (
 CAPTIONS = ["a red apple, twemoji", "two birds on blue", "a police car to the left of a tree, openmoji", "an emoji"]
 
 
-def tiny_teacher(*, seed: int = 0, **scheduler: object) -> TextToImageParts:
+def tiny_teacher(*, seed: int = 0, pooled_text: bool = True, **scheduler: object) -> TextToImageParts:
     """Return a random teacher of about 0.2 M parameters: 16 px pictures, 4 × 4 × 4 latents."""
     torch.manual_seed(seed)
     vae = AutoencoderArchitecture(resolution=16, block_out_channels=(8, 16, 16), norm_num_groups=4).build()
@@ -33,6 +33,7 @@ def tiny_teacher(*, seed: int = 0, **scheduler: object) -> TextToImageParts:
         text_heads=2,
         vocabulary_size=600,
         max_prompt_tokens=16,
+        pooled_text=pooled_text,
     )
     tokenizer = architecture.train_tokenizer(CAPTIONS)
     return TextToImageParts(

@@ -49,6 +49,9 @@ class TeacherStage(_Settings):
     init: str | None = Field(
         None, description="MODEL to train on; its VAE and tokenizer stay; null begins from nothing"
     )
+    add_pooled_text: bool = Field(
+        False, description="with init: let the pooled prompt reach the time embedding too, if the model's does not yet"
+    )
     autoencoder: AutoencoderArchitecture = Field(
         default_factory=AutoencoderArchitecture, description="sizes of the VAE"
     )
@@ -67,6 +70,11 @@ class TeacherStage(_Settings):
         if (self.init is None) == (self.autoencoder_train is None):
             raise ValueError(
                 "a teacher begins either from a model (init) or from nothing (autoencoder_train): name exactly one"
+            )
+        if self.add_pooled_text and self.init is None:
+            raise ValueError(
+                "add_pooled_text changes the model named by init, and there is none; a network from nothing takes "
+                "network.pooled_text"
             )
         return self
 

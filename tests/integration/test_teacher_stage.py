@@ -18,6 +18,7 @@ from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_workflow
 from fewstep.workplace import Workplace
+from tiny import tiny_teacher
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -90,6 +91,23 @@ def test_other_network_settings_keep_the_vae(first: Artifact, workplace: Workpla
     assert again.uri != first.uri
     assert again.facts["autoencoder"] == first.facts["autoencoder"]
     assert again.facts["network"]["updates"] == 2
+
+
+def test_a_model_without_pooled_text_can_get_it(workplace: Workplace, tmp_path: Path) -> None:
+    storage = workplace.storage
+    old = tiny_teacher(pooled_text=False)
+    old.save(tmp_path / "old")
+    train = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
+    changes = {"init": str(tmp_path / "old"), "autoencoder_train": None, "train": train, "add_pooled_text": True}
+    artifact = run_workflow(_recipe(**changes), workplace, out=tmp_path)["teacher"]
+    begin = load_parts(fetch_model(join(artifact.uri, "begin"), storage=storage))
+    new = load_parts(_export(artifact, storage))
+    z, index, ids = torch.randn(2, 4, 4, 4), torch.tensor([999, 300]), old.token_ids(["a red apple", ""])
+    text = old.text_encoder(ids).last_hidden_state
+    with torch.no_grad():
+        before, same = (unet(z, index, text, return_dict=False)[0] for unet in (old.unet, begin.unet))
+    assert torch.equal(before, same), "the new input must change nothing before it is trained"
+    assert float(new.unet.add_embedding.norm2.weight.abs().max()) > 0, "and be trained"
 
 
 def test_a_model_is_trained_on_with_its_own_vae(first: Artifact, workplace: Workplace, tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
 """Networks and their folders: teacher, w-conditioned student, and a diffusers folder in and out."""
 
-from fewstep.models.architecture import SCHEDULER_CONFIG, AutoencoderArchitecture, TeacherArchitecture
+from fewstep.models.architecture import (
+    SCHEDULER_CONFIG,
+    AutoencoderArchitecture,
+    TeacherArchitecture,
+    add_pooled_text,
+)
 from fewstep.models.parts import TextToImageParts, load_parts
 from fewstep.models.sampling import guided_model, initial_noise, student_model
 from fewstep.models.student import (
@@ -20,6 +25,7 @@ __all__ = [
     "StudentInfo",
     "TeacherArchitecture",
     "TextToImageParts",
+    "add_pooled_text",
     "copy_student",
     "copy_unet",
     "guidance_embedding",

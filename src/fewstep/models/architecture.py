@@ -6,11 +6,12 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 #: Stable Diffusion's betas, rescaled to zero terminal SNR (Lin et al. 2023): sampling may start from pure noise.
@@ -69,6 +70,19 @@ class TeacherArchitecture(BaseModel):
     text_heads: int = Field(4, description="heads of the text encoder")
     vocabulary_size: int = Field(2500, description="entries of the byte-pair vocabulary")
     max_prompt_tokens: int = Field(24, description="longest prompt in tokens, begin and end included")
+    pooled_text: bool = Field(
+        True, description="also add the pooled prompt to the time embedding, so that it reaches every layer"
+    )
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        for name, heads in (("num_attention_heads", self.num_attention_heads), ("text_heads", self.text_heads)):
+            pools = name == "text_heads" or self.pooled_text
+            if pools and self.text_width % heads:
+                raise ValueError(
+                    f"text_width={self.text_width} cannot be shared equally by {name}={heads}; take a multiple of it"
+                )
+        return self
 
     def build_unet(self, *, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
         """Return a fresh U-Net for latents of (latent_channels, latent_size, latent_size)."""
@@ -87,6 +101,7 @@ class TeacherArchitecture(BaseModel):
             norm_num_groups=self.norm_num_groups,
             # The time embedding, which also carries w in the student, scales features as well as shifting them.
             resnet_time_scale_shift="scale_shift",
+            **(_pooled_text(self.num_attention_heads) if self.pooled_text else {}),
         )
 
     def build_text_encoder(self, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -145,3 +160,26 @@ class TeacherArchitecture(BaseModel):
             merges=pairs,
             model_max_length=self.max_prompt_tokens,
         )
+
+
+def add_pooled_text(unet: UNet2DConditionModel, *, num_heads: int) -> UNet2DConditionModel:
+    """Return a U-Net that also adds the pooled prompt to its time embedding, the same one if it does so already.
+
+    At first the addition is zero, so that both compute the same.
+    """
+    if unet.config["addition_embed_type"] is not None:
+        return unet
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    grown = UNet2DConditionModel.from_config({**config, **_pooled_text(num_heads)})
+    grown.load_state_dict(unet.state_dict(), strict=False)
+    # The last norm's output is what is added.
+    nn.init.zeros_(grown.add_embedding.norm2.weight)
+    nn.init.zeros_(grown.add_embedding.norm2.bias)
+    # diffusers warns about every cast, also about one that changes nothing.
+    return grown if grown.dtype == unet.dtype else grown.to(unet.dtype)
+
+
+def _pooled_text(num_heads: int) -> dict[str, Any]:
+    # diffusers pools what cross-attention gets, so that the stock StableDiffusionPipeline needs nothing more. With
+    # cross-attention at the lowest resolution alone, text reaches the other layers only this way.
+    return {"addition_embed_type": "text", "addition_embed_type_num_heads": num_heads}

@@ -16,7 +16,7 @@ from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.distill import AutoencoderObjective, DenoisingObjective, TextToImageNetwork
-from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, load_parts
+from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, add_pooled_text, load_parts
 from fewstep.recipe import TeacherStage, digest
 from fewstep.stages.batches import latent_batches, picture_batches
 from fewstep.stages.context import StageContext, autoencoder_fingerprint, fingerprint, is_stored, store_once
@@ -40,7 +40,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     begin = join(uri, "begin")
     if settings.init is not None:
-        _store_init(context, settings.init, begin)
+        _store_init(context, settings, begin)
         latents = join(uri, "latents")
     else:
         # Named by its own settings and data alone: training the networks anew does not train the VAE again.
@@ -112,11 +112,16 @@ def _train_autoencoder(context: StageContext, settings: TeacherStage, shards: st
     )
 
 
-def _store_init(context: StageContext, init: str, begin: str) -> None:
-    if not is_stored(begin, context.storage):
-        folder = context.fetch(init)
-        load_parts(folder)  # an incomplete model is told now, not by a worker
-        store_once(folder, begin, context.storage)
+def _store_init(context: StageContext, settings: TeacherStage, begin: str) -> None:
+    if is_stored(begin, context.storage):
+        return
+    assert settings.init is not None
+    parts = load_parts(context.fetch(settings.init))  # an incomplete model is told now, not by a worker
+    if settings.add_pooled_text:
+        parts.unet = add_pooled_text(parts.unet, num_heads=settings.network.num_attention_heads)
+    with tempfile.TemporaryDirectory() as folder:
+        parts.save(folder)
+        store_once(Path(folder), begin, context.storage)
 
 
 def _train(context: StageContext, job: TrainJob, uri: str) -> TrainResult:

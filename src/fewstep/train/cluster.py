@@ -65,6 +65,9 @@ def _connect(settings: ClusterSettings, address: str | None) -> None:
 
 
 def _start_here(settings: ClusterSettings) -> None:
+    # No machine is taken away from under a Ray of one machine, and the watcher is a process that wakes 200 times a
+    # second beside the training.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for attempt in range(1, START_ATTEMPTS + 1):
         before = set(psutil.Process().children())
         try:

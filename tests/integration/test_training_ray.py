@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import http.server
 import io
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import ClassVar
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -25,7 +20,7 @@ import toy_training
 from torch import Tensor
 from toy_training import FileTracker, toy_job
 
-from fewstep.errors import CheckpointError, DataError, FewstepError, StorageError
+from fewstep.errors import CheckpointError, DataError, FewstepError
 from fewstep.storage import Storage, join
 from fewstep.train.run import run_training
 from fewstep.train.settings import ClusterSettings
@@ -176,83 +171,6 @@ def test_an_error_that_the_user_can_mend_comes_out_as_it_is(storage: Storage, bu
     with pytest.raises(CheckpointError) as caught:
         run_training(toy_job(fingerprint="b" * 64), cluster=ONE, storage=storage, uri=bucket_uri, tracker=None)
     assert all(word in str(caught.value) for word in ("a" * 64, "b" * 64, f"remove {bucket_uri}/checkpoints"))
-
-
-class _FullStore(http.server.BaseHTTPRequestHandler):
-    """The real store behind a door that lets no checkpoint in any more once `full` is set."""
-
-    protocol_version = "HTTP/1.1"
-    behind = ""
-    full = threading.Event()
-    refused: ClassVar[list[str]] = []
-
-    def _pass_on(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.full.is_set() and self.command in ("PUT", "POST") and "/checkpoints/update-" in self.path:
-            self.refused.append(self.path)
-            error = "<Error><Code>InsufficientStorage</Code><Message>no space left on device</Message></Error>"
-            self._answer(507, {"Content-Type": "application/xml"}, error.encode())
-            return
-        connection = http.client.HTTPConnection(self.behind)
-        connection.request(self.command, self.path, body, dict(self.headers))  # with its Host, which is signed
-        answer = connection.getresponse()
-        self._answer(answer.status, dict(answer.headers), answer.read())
-        connection.close()
-
-    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response_only(status)
-        length = headers.get("Content-Length", str(len(body))) if self.command == "HEAD" else str(len(body))
-        for name, value in headers.items():
-            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
-                self.send_header(name, value)
-        self.send_header("Content-Length", length)
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def test_a_store_that_fills_up_in_the_middle_is_said_and_loses_nothing(
-    storage: Storage, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The uploads of checkpoints fail; the ones stored before stay, and the training goes on from there."""
-    handler = type("Door", (_FullStore,), {"behind": urlsplit(storage.endpoint_url or "").netloc})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in storage.environment().items():
-        monkeypatch.setenv(name, value)
-    url = f"http://127.0.0.1:{server.server_port}"
-    settings = storage.settings.model_copy(update={"kind": "s3", "endpoint_url": url, "retry_attempts": 2})
-    uri, behind_the_door = bucket_uri, Storage(settings)
-    cluster = ClusterSettings(num_workers=1, cpus_per_worker=1, max_failures=0)
-    checkpoints = join(uri, "checkpoints")
-
-    def fill() -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not any("update-00000005" in i.uri for i in storage.list(checkpoints)):
-            time.sleep(0.05)
-        handler.full.set()
-
-    # Slow enough that the store fills between two checkpoints.
-    job = toy_job(mischief={"pause_s": 0.3}, **OPTIONS)
-    filling = threading.Thread(target=fill)
-    filling.start()
-    try:
-        with pytest.raises(StorageError) as caught:
-            run_training(job, cluster=cluster, storage=behind_the_door, uri=uri, tracker=None)
-    finally:
-        filling.join()
-        server.shutdown()
-        server.server_close()
-    assert handler.refused
-    assert all(word in str(caught.value) for word in ("a checkpoint could not be stored in", checkpoints, "room"))
-    kept = {info.uri.split("/")[-2] for info in storage.list(checkpoints)} - {"checkpoints"}
-    assert "update-00000005" in kept
-    result = run_training(toy_job(**OPTIONS), cluster=cluster, storage=storage, uri=uri, tracker=None)
-    assert result.resumed_from == int(max(kept).removeprefix("update-"))
 
 
 def test_a_worker_that_always_dies_is_given_up(storage: Storage, bucket_uri: str) -> None:

@@ -42,6 +42,12 @@ def test_save_and_load_keep_every_weight_and_the_schedule(teacher: TextToImagePa
     assert loaded.resolution == 16
 
 
+def test_a_copy_does_not_tell_where_it_was_read(teacher_folder: Path, tmp_path: Path) -> None:
+    load_parts(teacher_folder).save(tmp_path / "copy")
+    for file in (tmp_path / "copy").rglob("*.json"):
+        assert str(teacher_folder) not in file.read_text(encoding="utf-8"), file
+
+
 def test_the_tokenizer_comes_back_the_same(teacher: TextToImageParts, teacher_folder: Path) -> None:
     prompts = [*CAPTIONS, "", "ünknown wörds, 猫 and 🐈", "A  RED\tApple!", "bird " * 40]
     before, after = teacher.token_ids(prompts), load_parts(teacher_folder).token_ids(prompts)

@@ -205,4 +205,7 @@ def _load_network(kind: Any, folder: Path, **settings: Any) -> Any:
             f"the weights in {folder} lack {len(lacking)} tensors of a {kind.__name__}, {lacking[0]} for one: "
             "the file is incomplete or of another kind of network; save the model again"
         )
+    if hasattr(network, "register_to_config"):
+        # diffusers would write where the network was read from, a folder of this machine, into every copy.
+        network.register_to_config(_name_or_path=None)
     return network

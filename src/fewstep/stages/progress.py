@@ -46,9 +46,8 @@ class Progress:
     def _say(self) -> None:
         self._said = time.monotonic()
         rate = self.done / max(self._said - self._started, 1e-9)
-        line = (
-            f"{self.name}  {self.done}{f'/{self.total}' if self.total else ''} {self.unit} · {rate:.{0 if rate >= 10 else 1}f} {self.unit}/s"
-        )
+        counted = f"{self.done}{f'/{self.total}' if self.total else ''} {self.unit}"
+        line = f"{self.name}  {counted} · {rate:.{0 if rate >= 10 else 1}f} {self.unit}/s"
         if self.total and rate:
             line += f" · {(self.total - self.done) / rate:.0f} s left"
         print(line, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from fewstep.models import load_parts
+from fewstep.models import add_pooled_text, load_parts
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact
 from fewstep.storage import Storage, join
@@ -95,7 +95,7 @@ def test_other_network_settings_keep_the_vae(first: Artifact, workplace: Workpla
 
 def test_a_model_without_pooled_text_can_get_it(workplace: Workplace, tmp_path: Path) -> None:
     storage = workplace.storage
-    old = tiny_teacher(pooled_text=False)
+    old = tiny_teacher()
     old.save(tmp_path / "old")
     train = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
     changes = {"init": str(tmp_path / "old"), "autoencoder_train": None, "train": train, "add_pooled_text": True}
@@ -108,6 +108,9 @@ def test_a_model_without_pooled_text_can_get_it(workplace: Workplace, tmp_path: 
         before, same = (unet(z, index, text, return_dict=False)[0] for unet in (old.unet, begin.unet))
     assert torch.equal(before, same), "the new input must change nothing before it is trained"
     assert float(new.unet.add_embedding.norm2.weight.abs().max()) > 0, "and be trained"
+    torch.manual_seed(_recipe(**changes).seed)
+    fresh = add_pooled_text(old.unet, num_heads=2).state_dict()
+    assert all(torch.equal(fresh[key], weight) for key, weight in begin.unet.state_dict().items()), "by the seed"
 
 
 def test_a_model_is_trained_on_with_its_own_vae(first: Artifact, workplace: Workplace, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import ModelError
-from fewstep.models import AutoencoderArchitecture, TeacherArchitecture, TextToImageParts, load_parts
+from fewstep.models import AutoencoderArchitecture, TeacherArchitecture, TextToImageParts, add_pooled_text, load_parts
 from tiny import CAPTIONS, tiny_teacher
 
 WEIGHTS = {
@@ -40,6 +40,11 @@ def test_save_and_load_keep_every_weight_and_the_schedule(teacher: TextToImagePa
     assert loaded.latent_shape == (4, 4, 4)
     assert loaded.vae_scale_factor == 4
     assert loaded.resolution == 16
+
+
+def test_heads_that_cannot_pool_the_text_are_refused(teacher: TextToImageParts) -> None:
+    with pytest.raises(ModelError, match=r"have 16 numbers, which 3 heads cannot share equally.*num_attention_heads"):
+        add_pooled_text(teacher.unet, num_heads=3)
 
 
 def test_a_copy_does_not_tell_where_it_was_read(teacher_folder: Path, tmp_path: Path) -> None:

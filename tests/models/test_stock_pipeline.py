@@ -73,9 +73,10 @@ def _both(folder: Path, *, steps: int, w: float, noise: Tensor) -> tuple[Tensor,
     return stock, own
 
 
+@pytest.mark.parametrize("pooled_text", [False, True], ids=["as Stable Diffusion", "pooled text"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_a_student_gives_the_same_latents_in_the_stock_pipeline(tmp_path: Path, steps: int) -> None:
-    folder = tiny_student_folder(tmp_path / "student", num_inference_steps=steps)
+def test_a_student_gives_the_same_latents_in_the_stock_pipeline(tmp_path: Path, steps: int, pooled_text: bool) -> None:
+    folder = tiny_student_folder(tmp_path / "student", num_inference_steps=steps, pooled_text=pooled_text)
     noise = initial_noise(range(3), (4, 4, 4))
     stock, own = _both(folder, steps=steps, w=3.0, noise=noise)
     torch.testing.assert_close(own, stock, rtol=0, atol=1e-5)

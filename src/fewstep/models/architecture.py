@@ -14,6 +14,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from fewstep.errors import ModelError
+
 #: Stable Diffusion's betas, rescaled to zero terminal SNR (Lin et al. 2023): sampling may start from pure noise.
 SCHEDULER_CONFIG: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -76,9 +78,11 @@ class TeacherArchitecture(BaseModel):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
-        for name, heads in (("num_attention_heads", self.num_attention_heads), ("text_heads", self.text_heads)):
-            pools = name == "text_heads" or self.pooled_text
-            if pools and self.text_width % heads:
+        sharing = {"text_heads": self.text_heads}
+        if self.pooled_text:
+            sharing["num_attention_heads"] = self.num_attention_heads
+        for name, heads in sharing.items():
+            if self.text_width % heads:
                 raise ValueError(
                     f"text_width={self.text_width} cannot be shared equally by {name}={heads}; take a multiple of it"
                 )
@@ -166,17 +170,36 @@ def add_pooled_text(unet: UNet2DConditionModel, *, num_heads: int) -> UNet2DCond
     """Return a U-Net that also adds the pooled prompt to its time embedding, the same one if it does so already.
 
     At first the addition is zero, so that both compute the same.
+
+    Args:
+        unet: takes text embeddings (B, L, D).
+        num_heads: heads of the attention that pools them.
+
+    Raises:
+        ModelError: the heads cannot share D equally.
     """
     if unet.config["addition_embed_type"] is not None:
         return unet
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    grown = UNet2DConditionModel.from_config({**config, **_pooled_text(num_heads)})
+    width = unet.config["cross_attention_dim"]
+    if width % num_heads:
+        raise ModelError(
+            f"the model's text embeddings have {width} numbers, which {num_heads} heads cannot share equally to pool "
+            "them; set network.num_attention_heads to a divisor"
+        )
+    grown = unet_like(unet, **_pooled_text(num_heads))
     grown.load_state_dict(unet.state_dict(), strict=False)
     # The last norm's output is what is added.
     nn.init.zeros_(grown.add_embedding.norm2.weight)
     nn.init.zeros_(grown.add_embedding.norm2.bias)
+    return grown
+
+
+def unet_like(unet: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
+    """Return a fresh U-Net of another one's configuration with changes, device and precision."""
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    fresh = UNet2DConditionModel.from_config({**config, **changes})
     # diffusers warns about every cast, also about one that changes nothing.
-    return grown if grown.dtype == unet.dtype else grown.to(unet.dtype)
+    return fresh.to(unet.device) if fresh.dtype == unet.dtype else fresh.to(unet.device, unet.dtype)
 
 
 def _pooled_text(num_heads: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 from fewstep.errors import ModelError, SamplingError
+from fewstep.models.architecture import unet_like
 from fewstep.models.parts import TextToImageParts
 
 INFO_FILE = "fewstep.json"
@@ -54,25 +55,18 @@ def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int = 256) -> 
             f"the teacher is already conditioned on w (its U-Net has time_cond_proj_dim={conditioned}): "
             "stage one needs a model that is sampled with classifier-free guidance"
         )
-    config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": embedding_dim, "dropout": 0.0})
+    student = unet_like(teacher, time_cond_proj_dim=embedding_dim, dropout=0.0)
     state = dict(teacher.state_dict())
     state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
     student.load_state_dict(state)
-    return _like(student, teacher).train()
+    return student.train()
 
 
 def copy_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Return a trainable copy of a U-Net with the same weights."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    copy = UNet2DConditionModel.from_config(config)
+    copy = unet_like(unet)
     copy.load_state_dict(unet.state_dict())
-    return _like(copy, unet).requires_grad_(True).train()
-
-
-def _like(network: UNet2DConditionModel, other: UNet2DConditionModel) -> UNet2DConditionModel:
-    # diffusers warns about every cast, also about one that changes nothing.
-    return network.to(other.device) if network.dtype == other.dtype else network.to(other.device, other.dtype)
+    return copy.requires_grad_(True).train()
 
 
 @dataclass(frozen=True)

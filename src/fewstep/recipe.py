@@ -192,7 +192,7 @@ class Recipe(_Settings):
     def _check_sizes(self) -> None:
         """Refuse sizes that do not fit together, before a GPU is taken."""
         streams, workers = self.stream.num_streams, self.cluster.num_workers
-        if streams % workers:
+        if workers != "auto" and streams % workers:
             raise ValueError(
                 f"stream.num_streams={streams} is no multiple of cluster.num_workers={workers}: every worker takes as "
                 f"many streams; set num_streams to {workers * max(1, round(streams / workers))}"

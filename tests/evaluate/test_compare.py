@@ -234,3 +234,35 @@ def test_what_cannot_be_compared(
         run(real_images=real_pictures(30))
     with pytest.raises(ValueError, match="different numbers"):
         EvaluateSettings(steps=(4, 4))
+
+
+def test_prompts_to_show_come_first_in_the_grid_and_count_nowhere(
+    teacher: TextToImageParts,
+    student: UNet2DConditionModel,
+    scorer: AlignmentScorer,
+    comparison: Comparison,
+    tmp_path: Path,
+) -> None:
+    shown = compare(
+        teacher=teacher,
+        students={4: student, 1: student},
+        prompts=PROMPTS,
+        seeds=SEEDS,
+        real_images=real_pictures(40),
+        settings=SETTINGS.model_copy(update={"show": ("a known thing", "another")}),
+        scorer=scorer,
+    )
+    assert shown.prompts == ("a known thing", "another", PROMPTS[0])
+    for spec, pictures in comparison.grid.items():
+        assert torch.equal(shown.grid[spec][2], pictures[0]), "the first held-out prompt, from its own noise"
+        assert not torch.equal(shown.grid[spec][0], shown.grid[spec][1])
+    for before, after in zip(comparison.report.results, shown.report.results, strict=True):
+        assert before.kid_lite0_to_real == after.kid_lite0_to_real
+        assert after.num_images == SETTINGS.num_prompts
+    page = write_report(shown, tmp_path).html.read_text(encoding="utf-8")
+    assert "The first 2 prompts were chosen to be shown" in page
+
+
+def test_more_prompts_to_show_than_columns_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"show has 2 prompts.*grid_prompts=1 columns: set grid_prompts to 2"):
+        EvaluateSettings(show=("a", "b"), grid_prompts=1)

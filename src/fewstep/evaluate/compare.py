@@ -41,7 +41,8 @@ class Comparison:
 
     Attributes:
         report: for report.json; its `stages` are still empty.
-        grid: pictures of the first prompts by row, in the report's order, uint8 (K, 3, H, W).
+        grid: pictures of the prompts to show and the first held-out ones by row, in the report's order, uint8
+            (K, 3, H, W).
         prompts: the K prompts of the grid.
     """
 
@@ -150,6 +151,10 @@ def compare(
     extractor = image_features or Lite0Features(num_threads=settings.num_threads)
     sampler = make_sampler(teacher, students, settings)
     conditions = make_conditions(teacher, prompts, seeds, settings)
+    shown = None
+    if settings.show:
+        of_shown = settings.model_copy(update={"num_prompts": len(settings.show)})
+        shown = make_conditions(teacher, settings.show, range(len(settings.show)), of_shown)
     specs = row_specs(settings)
     report_progress = progress or (lambda message, done, total: None)
 
@@ -162,6 +167,7 @@ def compare(
         "decode": teacher.decode,
         "conditions": conditions,
         "image_features": extractor,
+        "shown": shown,
     }
     reference = make_pictures(specs[0], settings=settings, **shared)
     references = References(real_features, reference, prompts[: settings.num_prompts], scorer)
@@ -210,7 +216,7 @@ def assemble(
         versions=installed_versions(),
     )
     columns = outcomes[0].grid.shape[0]
-    return Comparison(report, {row.spec: row.grid for row in outcomes}, tuple(prompts[:columns]))
+    return Comparison(report, {row.spec: row.grid for row in outcomes}, (*settings.show, *prompts)[:columns])
 
 
 def measure_floor(

@@ -60,7 +60,7 @@ def render_page(report: Report, sheet: Image.Image, *, title: str) -> str:
     sections = (
         f"<h1>{escape(title)}</h1><p class='soft'>{_summary(report)}</p>",
         _cards(report),
-        _section("The pictures", _pictures(sheet), _PICTURES_TEXT),
+        _section("The pictures", _pictures(sheet), _pictures_text(report)),
         _section("Quality against cost", kid_chart(report), _CHART_TEXT),
         _section("Every figure", _results_table(report), _RESULTS_TEXT),
         _section("The goals", _goals_table(report), _GOALS_TEXT),
@@ -79,7 +79,7 @@ def render_page(report: Report, sheet: Image.Image, *, title: str) -> str:
 
 _PICTURES_TEXT = (
     "One column is one prompt and one starting noise, which all methods share. A good student repeats the top row; the "
-    "teacher's plain samplers blur or break as the steps get fewer. The prompts were held out from training."
+    "teacher's plain samplers blur or break as the steps get fewer."
 )
 _CHART_TEXT = (
     "Lower is better, further left is cheaper. Bars are 95 % intervals, the dashed line and its band are the "
@@ -93,6 +93,14 @@ _GOALS_TEXT = (
     "share of the better plain sampler's loss that the student still has. At equal evaluations the plain sampler gets "
     "half the student's steps, since each of its guided steps costs two evaluations."
 )
+
+
+def _pictures_text(report: Report) -> str:
+    shown = len(report.settings.get("show", ()))
+    if not shown:
+        return f"{_PICTURES_TEXT} The prompts were held out from training."
+    own = "first prompt was" if shown == 1 else f"first {shown} prompts were"
+    return f"{_PICTURES_TEXT} The {own} chosen to be shown and no figure counts them; the others were held out."
 
 
 def _summary(report: Report) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.evaluate import distances
 from fewstep.evaluate.alignment import AlignmentScorer
-from fewstep.evaluate.baselines import Conditions, RowSpec, Sampler
+from fewstep.evaluate.baselines import Conditions, RowSpec, Sampler, Samples
 from fewstep.evaluate.features import Lite0Features
 from fewstep.evaluate.schema import Result
 from fewstep.evaluate.settings import EvaluateSettings
@@ -30,12 +30,14 @@ class Pictures:
         latents: float32, (N, C, h, w), on the CPU.
         features: (N, 1280).
         network_evaluations: per picture.
+        shown: pictures for the grid alone, uint8 (S, 3, H, W).
     """
 
     images: Tensor
     latents: Tensor
     features: Tensor
     network_evaluations: int
+    shown: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class RowOutcome:
     Attributes:
         result: the row of the report, still without its time.
         kid_to_real: with draws that are shared by all rows.
-        grid: the pictures of the first prompts, uint8.
+        grid: the pictures of the prompts to show and of the first held-out ones, uint8.
     """
 
     spec: RowSpec
@@ -79,16 +81,22 @@ def make_pictures(
     conditions: Conditions,
     image_features: Lite0Features,
     settings: EvaluateSettings,
+    shown: Conditions | None = None,
 ) -> Pictures:
-    """Return the pictures of one row with their features.
+    """Return the pictures of one row with their features, and those that are only shown.
 
     Raises:
         ModelError: there is no student for the row's number of steps.
     """
-    samples = sampler(spec, conditions, batch_size=settings.batch_size)
-    with torch.no_grad():
-        images = torch.cat([decode(latents).cpu() for latents in samples.latents.split(settings.batch_size)])
-    return Pictures(images, samples.latents, image_features(images), samples.network_evaluations)
+
+    def draw(of: Conditions) -> tuple[Samples, Tensor]:
+        samples = sampler(spec, of, batch_size=settings.batch_size)
+        with torch.no_grad():
+            return samples, torch.cat([decode(z).cpu() for z in samples.latents.split(settings.batch_size)])
+
+    samples, images = draw(conditions)
+    extra = images[:0] if shown is None else draw(shown)[1]
+    return Pictures(images, samples.latents, image_features(images), samples.network_evaluations, extra)
 
 
 def measure_row(spec: RowSpec, pictures: Pictures, *, references: References, settings: EvaluateSettings) -> RowOutcome:
@@ -127,7 +135,8 @@ def measure_row(spec: RowSpec, pictures: Pictures, *, references: References, se
         num_images=pictures.images.shape[0],
     )
     # A copy: a view would keep every picture of the row alive.
-    return RowOutcome(spec, result, to_real, pictures.images[: settings.grid_prompts].clone())
+    grid = torch.cat([pictures.shown, pictures.images])[: settings.grid_prompts].clone()
+    return RowOutcome(spec, result, to_real, grid)
 
 
 def evaluate_row(
@@ -139,6 +148,7 @@ def evaluate_row(
     references: References,
     image_features: Lite0Features,
     settings: EvaluateSettings,
+    shown: Conditions | None = None,
 ) -> RowOutcome:
     """Sample one row and return its figures; the unit that a cluster task computes.
 
@@ -150,12 +160,19 @@ def evaluate_row(
         references: real pictures, the teacher's, the scorer.
         image_features: the extractor.
         settings: of the comparison.
+        shown: prompts and noise of what is only shown in the grid.
 
     Raises:
         ModelError: there is no student for the row's number of steps.
     """
     pictures = make_pictures(
-        spec, sampler=sampler, decode=decode, conditions=conditions, image_features=image_features, settings=settings
+        spec,
+        sampler=sampler,
+        decode=decode,
+        conditions=conditions,
+        image_features=image_features,
+        settings=settings,
+        shown=shown,
     )
     return measure_row(spec, pictures, references=references, settings=settings)
 

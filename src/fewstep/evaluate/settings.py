@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fewstep.evaluate.baselines import DpmSolverSettings
 
@@ -33,11 +35,25 @@ class EvaluateSettings(BaseModel):
         description="timed rounds over all methods; from 6 on, their range is a 95 % interval of the median",
     )
     grid_prompts: int = Field(default=8, ge=1, description="columns of the picture grid")
+    show: tuple[str, ...] = Field(
+        default=(),
+        description="prompts of your own for the first columns of the picture grid, which no figure counts; held-out "
+        "prompts fill the others",
+    )
     dpm_solver: DpmSolverSettings = Field(
         default=DpmSolverSettings(),
         description="the DPM-Solver++ baseline; give the teacher the settings that suit it best",
     )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads for the features; null = torch's own")
+
+    @model_validator(mode="after")
+    def _room_for_shown(self) -> Self:
+        if len(self.show) > self.grid_prompts:
+            raise ValueError(
+                f"show has {len(self.show)} prompts and the picture grid grid_prompts={self.grid_prompts} columns: "
+                f"set grid_prompts to {len(self.show)}, or show fewer"
+            )
+        return self
 
     @field_validator("steps")
     @classmethod

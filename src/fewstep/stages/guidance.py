@@ -63,6 +63,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
         export=partial(export_student, teacher, info),
         settings=settings.train,
         seed=recipe.seed,
+        num_streams=recipe.stream.num_streams,
     )
     context.run.log_params(settings)
     uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")

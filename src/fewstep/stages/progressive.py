@@ -63,6 +63,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
             export=partial(export_student, teacher, info),
             settings=train,
             seed=recipe.seed + steps,
+            num_streams=recipe.stream.num_streams,
         )
         uri = join(storage.root, "students", f"{name.replace(' ', '-')}-{info.fingerprint[:16]}")
         with context.tracker.run(

@@ -78,6 +78,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
             export=partial(_export_teacher, begin, context.storage),
             settings=settings.train,
             seed=recipe.seed,
+            num_streams=recipe.stream.num_streams,
         ),
         join(uri, "network"),
     )
@@ -107,6 +108,7 @@ def _train_autoencoder(context: StageContext, settings: TeacherStage, shards: st
             export=_export_vae,
             settings=settings.autoencoder_train,
             seed=recipe.seed,
+            num_streams=recipe.stream.num_streams,
         ),
         uri,
     )

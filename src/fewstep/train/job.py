@@ -39,6 +39,7 @@ class TrainJob:
         export: called as export(network, folder) on rank 0, with the weights to hand over; writes what the stage keeps.
         settings: the training's settings.
         seed: seed of every random number of the training.
+        num_streams: canonical streams of the batches, which the workers share equally; None: any number can read them.
         tags: stored beside the result.
 
     The three callables must be picklable: `functools.partial` of module-level functions.
@@ -51,6 +52,7 @@ class TrainJob:
     export: Callable[[nn.Module, str], None]
     settings: TrainSettings
     seed: int = 0
+    num_streams: int | None = None
     tags: dict[str, str] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from fewstep.errors import CheckpointError, FewstepError, StorageError
 from fewstep.storage import join
 from fewstep.train.board import Notes, make_board
-from fewstep.train.cluster import local_ray, worker_size
+from fewstep.train.cluster import local_ray, worker_group
 from fewstep.train.job import TrackerHandle, TrainJob, TrainResult
 from fewstep.train.lease import lease
 from fewstep.train.progress import ProgressPrinter, Watcher
@@ -51,11 +51,6 @@ def run_training(
     if result is not None:
         _drop_checkpoints(job, storage, uri)  # a process that was killed just after its end left them
         return result
-    if job.settings.global_batch_size % cluster.num_workers:
-        raise FewstepError(
-            f"{job.name}: global_batch_size={job.settings.global_batch_size} cannot be shared equally by "
-            f"cluster.num_workers={cluster.num_workers}; take a multiple"
-        )
     with lease(join(uri, "lease.json"), storage=storage, what=job.name):
         result = finished_result(job, storage=storage, uri=uri)  # by whom this process had to wait for
         if result is None:
@@ -110,10 +105,10 @@ def _trainer(
     tracker: TrackerHandle | None,
     board: Any,
 ) -> TorchTrainer:
-    size = worker_size(cluster)
+    group = worker_group(cluster, global_batch_size=job.settings.global_batch_size, num_streams=job.num_streams)
     filesystem, root_path = storage.arrow_filesystem()
     task = WorkerTask(job=job, storage=storage, uri=uri, tracker=tracker)
-    resources = {"CPU": float(size.cpus)} | ({"GPU": 1.0} if size.use_gpu else {})
+    resources = {"CPU": float(group.cpus)} | ({"GPU": 1.0} if group.use_gpu else {})
     return TorchTrainer(
         run_worker,
         # Credentials go through Ray's object store: a runtime environment would be written into Ray's logs.
@@ -121,11 +116,11 @@ def _trainer(
             "environment": storage.environment(),
             "task": ray.cloudpickle.dumps(task),
             "board": board,
-            "cpus": size.cpus,
+            "cpus": group.cpus,
         },
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=size.use_gpu, resources_per_worker=resources
+            num_workers=group.num_workers, use_gpu=group.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # Ray shows type checkers the class of its older API
             name="checkpoints",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -62,7 +62,11 @@ class ClusterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_workers: int = Field(default=1, gt=0, description="training workers; each takes its share of the global batch")
+    num_workers: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+        default=1,
+        description="training workers; each takes its share of the global batch; auto: one for each GPU that the "
+        "cluster has now, or on CPUs one for each core, at least 16 samples each",
+    )
     use_gpu: Literal["auto"] | bool = Field(
         default="auto",
         description="one GPU for each worker; auto: if the cluster has any now (say true where nodes start on demand)",

@@ -15,17 +15,22 @@ from pathlib import Path
 import psutil
 import pytest
 import ray.cloudpickle
+import real_training
 import torch
 import toy_training
+from real_training import Kind, real_job
 from torch import Tensor
 from toy_training import FileTracker, toy_job
 
 from fewstep.errors import CheckpointError, DataError, FewstepError
 from fewstep.storage import Storage, join
+from fewstep.train.in_process import train_in_process
 from fewstep.train.run import run_training
 from fewstep.train.settings import ClusterSettings
+from tiny import tiny_student_folder, tiny_teacher_folder
 
 ray.cloudpickle.register_pickle_by_value(toy_training)
+ray.cloudpickle.register_pickle_by_value(real_training)
 
 # Seconds on a free machine; a busy one takes many times as long to start processes.
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
@@ -102,6 +107,24 @@ def test_two_workers_one_of_which_dies_give_the_same_curve(
     ours, theirs = exported(storage, bucket_uri), exported(storage, whole[0])
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
     assert result.figures["skipped/broken"] >= 2  # counted over both workers
+
+
+@pytest.mark.parametrize("kind", ["denoising", "guidance", "progressive"])
+def test_two_workers_give_each_stage_the_curve_of_one_process(
+    storage: Storage, bucket_uri: str, tmp_path: Path, kind: Kind
+) -> None:
+    folder = (tiny_student_folder if kind == "progressive" else tiny_teacher_folder)(tmp_path / "model")
+    job = real_job(kind, folder, updates=10)
+    alone: dict[int, dict[str, float]] = {}
+    train_in_process(job, folder=str(tmp_path), on_log=lambda done, figures: alone.update({done: figures}))
+    tracker = FileTracker(str(tmp_path / "figures"))
+    run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=tracker)
+    for name in ("loss", "grad_norm"):
+        expected = {done: figures[name] for done, figures in alone.items()}
+        assert tracker.by_step(name) == pytest.approx(expected, rel=1e-3)
+    ours = exported(storage, bucket_uri)
+    theirs: dict[str, Tensor] = torch.load(tmp_path / "export" / "weights.pt", weights_only=True)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
 
 
 def test_a_killed_driver_with_its_whole_ray_goes_on_elsewhere(

@@ -1,0 +1,92 @@
+"""Trainings with the real objectives on tiny networks, from made-up latents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fewstep.diffusion import NoiseSchedule
+from fewstep.distill import DenoisingObjective, GuidanceObjective, ProgressiveObjective
+from fewstep.distill.denoising import TextToImageNetwork
+from fewstep.distill.objective import Objective
+from fewstep.models import load_parts
+from fewstep.train.job import TrainJob
+from fewstep.train.settings import TrainSettings
+
+Kind = Literal["denoising", "guidance", "progressive"]
+STREAMS = 4
+
+
+def objective(kind: Kind, folder: str, device: torch.device) -> Objective:
+    """Return the objective of a stage; `folder` holds a teacher, or for `progressive` a student."""
+    parts = load_parts(folder).to(device)
+    shared: dict[str, Any] = {"schedule": parts.schedule, "prediction_type": parts.prediction_type}
+    if kind == "guidance":
+        null = parts.encode_prompts([""])
+        return GuidanceObjective(parts.unet, null_embedding=null, w_min=0.5, w_max=4.0, embedding_dim=16, **shared)
+    if kind == "progressive":
+        return ProgressiveObjective(parts.unet, num_inference_steps=4, w_min=0.5, w_max=4.0, **shared)
+    network = TextToImageNetwork(parts.unet, parts.text_encoder).requires_grad_(True).train()
+    shared["schedule"] = NoiseSchedule.from_scheduler_config(parts.scheduler_config)
+    return DenoisingObjective(network, null_token_ids=parts.token_ids([""])[0], **shared)
+
+
+class LatentBatches:
+    """Sample `position` of stream s is a function of (s, position)."""
+
+    def __init__(self, folder: str, *, rank: int, world_size: int, batch_size: int) -> None:
+        self._own = [s for s in range(STREAMS) if s % world_size == rank]
+        self._each = batch_size // STREAMS
+        self._position = 0
+        parts = load_parts(folder)
+        captions = ["a red apple, twemoji", "two birds on blue", "an emoji", ""]
+        self._token_ids, self._text = parts.token_ids(captions), parts.encode_prompts(captions)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._position = state["streams"][str(self._own[0])][1]
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            means, rows, captions = [], [], []
+            for s in self._own:
+                for k in range(self._each):
+                    generator = torch.Generator().manual_seed(1000 * s + self._position + k)
+                    means.append(torch.randn(4, 4, 4, generator=generator))
+                    captions.append((s + self._position + k) % 4)
+                    rows.append(s * self._each + k)
+            self._position += self._each
+            mean = torch.stack(means)
+            data = {
+                "latent_mean": mean,
+                "latent_std": torch.full_like(mean, 0.1),
+                "text": self._text[captions],
+                "token_ids": self._token_ids[captions],
+            }
+            state = {"streams": {str(s): [0, self._position] for s in self._own}}
+            yield SimpleNamespace(data=data, rows=rows, state=state, counts={})
+
+
+def export(network: nn.Module, folder: str) -> None:
+    torch.save(network.state_dict(), Path(folder, "weights.pt"))
+
+
+def real_job(kind: Kind, folder: Path, *, updates: int = 20) -> TrainJob:
+    made: Callable[[torch.device], Objective] = functools.partial(objective, kind, str(folder))
+    return TrainJob(
+        name=kind,
+        fingerprint="c" * 64,
+        objective=made,
+        batches=functools.partial(LatentBatches, str(folder), batch_size=8),
+        export=export,
+        settings=TrainSettings(
+            updates=updates, global_batch_size=8, learning_rate=1e-3, checkpoint_every=updates, log_every=1
+        ),
+        seed=3,
+        num_streams=STREAMS,
+    )

@@ -105,6 +105,22 @@ def test_same_fingerprint_is_registered_once(tracker: Tracker, student: Path):
     assert "once" in Registry(tracker).names()
 
 
+def test_version_keeps_the_code_that_it_was_registered_by(
+    tracker: Tracker, student: Path, monkeypatch: pytest.MonkeyPatch
+):
+    registry = Registry(tracker)
+    monkeypatch.setenv("FEWSTEP_GIT_COMMIT", "a")
+    assert _register(tracker, student, "code", evaluation="e1") == 1
+    tracker.client.set_model_version_tag("code", "1", "fewstep.torch", "1.0")  # as if it was made with that one
+    first = registry.get("models:/code/1").tags
+    assert first["fewstep.git_commit"] == first["mlflow.source.git.commit"] == "a"
+    monkeypatch.setenv("FEWSTEP_GIT_COMMIT", "b")
+    assert _register(tracker, student, "code", evaluation="e2") == 1
+    assert registry.get("models:/code/1").tags == {**first, "fewstep.evaluation": "e2"}
+    assert _register(tracker, student, "code", fingerprint="f2") == 2
+    assert registry.get("models:/code/2").tags["fewstep.git_commit"] == "b"
+
+
 def test_champion_changes_only_through_the_gate(tracker: Tracker, student: Path):
     registry = Registry(tracker)
     assert registry.get_champion("gate") is None

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from diffusers import StableDiffusionPipeline
@@ -23,11 +24,12 @@ from fewstep.errors import ModelError
 from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, memory, stage_uri
+from fewstep.stages.context import folder_digest
 from fewstep.stages.evaluate import evaluate_models
 from fewstep.storage import Storage, join
 from fewstep.tracking.registry import Registry
 from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
+from fewstep.tracking.tracker import Tracker, flatten
 from fewstep.workflow import run_stage, run_workflow
 from fewstep.workplace import Workplace
 from tiny import tiny_recipe, tiny_teacher_folder
@@ -62,7 +64,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifacts(recipe: Recipe, workplace: Workplace, out: Path, ray_cluster: None) -> dict[Any, Artifact]:
-    return run_workflow(recipe, workplace, out=out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_GIT_COMMIT", "first-commit")
+        return run_workflow(recipe, workplace, out=out)
 
 
 def test_every_stage_leaves_an_artifact(artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace) -> None:
@@ -71,6 +75,20 @@ def test_every_stage_leaves_an_artifact(artifacts: dict[Any, Artifact], recipe: 
         assert find_artifact(recipe, workplace.storage, name) == artifact
         assert artifact.seconds > 0
         assert artifact.peak_memory_bytes > 2**20
+
+
+def test_metadata_say_where_every_sample_comes_from(artifacts: dict[Any, Artifact], workplace: Workplace) -> None:
+    for split in ("train", "evaluate", "alignment"):
+        facts = artifacts["prepare"].facts[split]
+        content = workplace.storage.read_bytes(join(facts["uri"], "metadata.parquet"))
+        table = pq.read_table(io.BytesIO(content), columns=["key", "license", "source", "caption"])
+        rows = table.to_pylist()
+        assert len({row["key"] for row in rows}) == len(rows) == facts["num_samples"] > 0
+        assert all(row["caption"] for row in rows)
+        assert {(row["license"], row["source"].split(",")[0]) for row in rows} == {
+            ("CC-BY-4.0", "Twemoji"),
+            ("CC-BY-SA-4.0", "OpenMoji"),
+        }
 
 
 def test_report_has_the_promised_fields(artifacts: dict[Any, Artifact], out: Path) -> None:
@@ -107,6 +125,20 @@ def test_registered_student_is_a_plain_diffusers_folder(
     assert len(calls) == 2
 
 
+def test_registered_students_name_what_made_them(
+    artifacts: dict[Any, Artifact], workplace: Workplace, teacher: Path
+) -> None:
+    encoded = artifacts["encode"].facts
+    for name, facts in artifacts["register"].facts["models"].items():
+        tags = Registry(workplace.tracker).get(f"models:/{name}/{facts['version']}").tags
+        assert tags["fewstep.git_commit"] == "first-commit"
+        assert tags["fewstep.torch"]
+        assert tags["fewstep.teacher"] == encoded["teacher"]
+        assert tags["fewstep.teacher_digest"] == folder_digest(teacher)
+        assert tags["fewstep.data_digest"] == artifacts["prepare"].facts["train"]["digest"]
+        assert tags["fewstep.fingerprint"]
+
+
 def test_mlflow_has_parent_and_children_with_figures(
     artifacts: dict[Any, Artifact], workplace: Workplace, recipe: Recipe
 ) -> None:
@@ -114,10 +146,21 @@ def test_mlflow_has_parent_and_children_with_figures(
     runs = client.search_runs([experiment], max_results=100)
     by_name = {run.info.run_name: run for run in runs}
     assert {"tiny-workflow", "guidance", "progressive", "progressive 2 steps", "progressive 1 step"} <= set(by_name)
-    parent = by_name["tiny-workflow"].info.run_id
-    assert by_name["guidance"].data.tags["mlflow.parentRunId"] == parent
-    figures = by_name["guidance"].data.metrics
-    assert {"loss", "images_per_second", "data_wait_share", "grad_norm", "relative_error"} <= set(figures)
+    parent = by_name["tiny-workflow"]
+    assert parent.data.tags["fewstep.git_commit"] == "first-commit"
+    assert parent.data.params == flatten(recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"}))
+    assert parent.data.params["guidance.train.updates"] == "8"
+    for stage in recipe.stages:
+        assert parent.data.metrics[f"{stage}.peak_memory_gib"] > 2**-10
+        assert parent.data.metrics[f"{stage}.seconds"] > 0
+    for name in ("guidance", "progressive 2 steps", "progressive 1 step"):
+        assert by_name[name].data.tags["mlflow.parentRunId"] == parent.info.run_id
+        figures = by_name[name].data.metrics
+        assert {"loss", "images_per_second", "data_wait_share", "grad_norm", "peak_memory_bytes"} <= set(figures)
+        assert min(figures["images_per_second"], figures["grad_norm"]) > 0
+        assert 0 <= figures["data_wait_share"] <= 1
+        assert figures["peak_memory_bytes"] > 2**20
+    assert "relative_error" in by_name["guidance"].data.metrics
     assert all(run.info.status == "FINISHED" for run in runs)
     for steps in (2, 1):
         rung = by_name[f"progressive {steps} step{'s' if steps > 1 else ''}"]
@@ -129,8 +172,13 @@ def test_mlflow_has_parent_and_children_with_figures(
 
 
 def test_second_run_skips_everything_and_brings_the_report_back(
-    artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace, tmp_path: Path
+    artifacts: dict[Any, Artifact],
+    recipe: Recipe,
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FEWSTEP_GIT_COMMIT", "later-commit")
     started = time.monotonic()
     again = run_workflow(recipe, workplace, out=tmp_path)
     assert {n: a for n, a in again.items() if n != "register"} == {
@@ -139,6 +187,14 @@ def test_second_run_skips_everything_and_brings_the_report_back(
     assert again["register"].facts == artifacts["register"].facts
     assert time.monotonic() - started < 10
     assert (tmp_path / "report.html").exists()
+    # Registering ran again with other code, which made none of the weights.
+    version = again["register"].facts["models"]["tiny-workflow"]["version"]
+    tags = Registry(workplace.tracker).get(f"models:/tiny-workflow/{version}").tags
+    assert tags["fewstep.git_commit"] == tags["mlflow.source.git.commit"] == "first-commit"
+    parent = workplace.tracker.find_run(f"{recipe.name}/{recipe.digest()}")
+    assert parent is not None
+    tags = workplace.tracker.client.get_run(parent).data.tags
+    assert (tags["fewstep.git_commit"], tags["fewstep.resumed.git_commit"]) == ("first-commit", "later-commit")
 
 
 def test_evaluating_more_prompts_at_another_scale_trains_nothing_anew(

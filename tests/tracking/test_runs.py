@@ -43,6 +43,35 @@ def test_same_key_goes_on_in_the_same_run(tracker):
         assert other.id != first.id
 
 
+def test_resumed_run_keeps_the_code_that_began_it(tracker, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_GIT_COMMIT", "a")
+    for _ in range(2):
+        with tracker.run("stage", key="lineage") as run:
+            pass
+    first = tracker.client.get_run(run.id).data.tags
+    assert not any(name.startswith("fewstep.resumed.") for name in first)
+    monkeypatch.setenv("FEWSTEP_GIT_COMMIT", "b")
+    with tracker.run("stage", key="lineage", tags={"attempt": "2"}):
+        pass
+    tags = tracker.client.get_run(run.id).data.tags
+    assert tags == {**first, "attempt": "2", "fewstep.resumed.git_commit": "b"}
+    assert tags["fewstep.git_commit"] == tags["mlflow.source.git.commit"] == "a"
+
+
+def test_resumed_run_that_knew_no_commit_does_not_claim_a_later_one(tracker, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_GIT_COMMIT", "b")
+    with tracker.run("stage", key="no-commit") as run:
+        pass
+    for tag in ("fewstep.git_commit", "mlflow.source.git.commit"):  # as an installed package leaves it
+        tracker.client.delete_tag(run.id, tag)
+    with tracker.run("stage", key="no-commit"):
+        pass
+    tags = tracker.client.get_run(run.id).data.tags
+    assert "fewstep.git_commit" not in tags
+    assert "mlflow.source.git.commit" not in tags
+    assert tags["fewstep.resumed.git_commit"] == "b"
+
+
 def test_another_experiment_has_runs_of_its_own(tracker):
     with tracker.run("stage", key="shared") as run:
         pass

@@ -31,7 +31,7 @@ def register(context: StageContext) -> dict[str, Any]:
         file = Path(folder) / "report.json"
         file.write_bytes(storage.read_bytes(join(context.uri("evaluate"), "report.json")))
         report = read_report(file)
-    data = context.artifact("encode").facts["train"]
+    encoded = context.artifact("encode").facts
     trained = context.artifact("progressive").facts["students"]
     registry = Registry(context.tracker)
     versions: dict[str, Any] = {}
@@ -50,7 +50,8 @@ def register(context: StageContext) -> dict[str, Any]:
                 tags={
                     "num_inference_steps": str(steps),
                     "teacher": context.teacher(),
-                    "data_digest": data["source_digest"],
+                    "teacher_digest": encoded["teacher_digest"],
+                    "data_digest": encoded["train"]["source_digest"],
                     "fingerprint": registered_as,
                     "recipe": recipe.name,
                     "evaluation": fingerprint(recipe, "evaluate"),

@@ -80,7 +80,8 @@ class Registry:
 
         `tags` must have num_inference_steps, teacher, data_digest and fingerprint; they, and the code's lineage, are
         put on the model and on the version as ``fewstep.TAG``. A fingerprint that is registered already for these steps
-        gives its version, with tags and metrics brought up to date, and nothing is stored again.
+        gives its version, with these tags and metrics brought up to date and the lineage that it had, and nothing is
+        stored again.
         """
         from mlflow.entities import LoggedModelOutput, Metric
 
@@ -91,12 +92,14 @@ class Registry:
             raise TrackingError(
                 f"register {name!r}: tags {', '.join(missing)} are missing; a version must name them all."
             )
-        all_tags = {**lineage(), **{tag if "." in tag else f"fewstep.{tag}": str(value) for tag, value in tags.items()}}
+        own_tags = {tag if "." in tag else f"fewstep.{tag}": str(value) for tag, value in tags.items()}
         with failures(f"register {name!r}", self._tracker.settings):
-            known = self._find(name, fingerprint=all_tags[FINGERPRINT_TAG], steps=all_tags[STEPS_TAG])
+            known = self._find(name, fingerprint=own_tags[FINGERPRINT_TAG], steps=own_tags[STEPS_TAG])
             if known is not None:
-                self._refresh(run, name, known, all_tags, metrics)
+                # Without the lineage of this process: other code may be running now, and it did not make the weights.
+                self._refresh(run, name, known, own_tags, metrics)
                 return known
+            all_tags = {**lineage(), **own_tags}
             model = self._client.create_logged_model(
                 self._tracker.experiment_id, name=name, source_run_id=run.id, tags=all_tags, params=flatten(params),
                 model_type="diffusers",

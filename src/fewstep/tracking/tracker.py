@@ -187,22 +187,25 @@ class Tracker:
     ) -> Iterator[Run]:
         """A run named `name` below the run `parent`; FINISHED at the end of the block, FAILED after an exception.
 
-        `key` names the piece of work: the same key goes on in the same MLflow run. TrackingError when it cannot begin.
+        `key` names the piece of work: the same key goes on in the same MLflow run. It keeps the lineage that it began
+        with; where it goes on with other code, that is in the tag ``fewstep.resumed.NAME``. TrackingError when it
+        cannot begin.
         """
-        all_tags = {**lineage(), **(tags or {}), KEY_TAG: key}
+        code = lineage()
+        all_tags = {**(tags or {}), KEY_TAG: key}
         if parent is not None:
             all_tags["mlflow.parentRunId"] = parent
         with failures(f"begin run {name!r}", self.settings):
             run_id = self.find_run(key)
             if run_id is None:
-                all_tags |= {"mlflow.source.name": "fewstep", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
-                info = self.client.create_run(self.experiment_id, run_name=name, tags=all_tags).info
+                source = {"mlflow.source.name": "fewstep", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
+                begun = self.client.create_run(self.experiment_id, run_name=name, tags=code | all_tags | source)
             else:
                 self.client.update_run(run_id, status="RUNNING", name=name)
-                info = self.client.get_run(run_id).info
-        run = Run(self, info.run_id, info.artifact_uri)
+                begun = self.client.get_run(run_id)
+        run = Run(self, begun.info.run_id, begun.info.artifact_uri)
         if run_id is not None:
-            run.set_tags(all_tags)
+            run.set_tags(all_tags | _resumed(code, begun.data.tags))
         try:
             yield run
         except BaseException as error:
@@ -221,6 +224,12 @@ class Tracker:
             order_by=["attributes.start_time DESC"],
         )
         return found[0].info.run_id if found else None
+
+
+def _resumed(code: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """Tags that name the code that a run goes on with, where it is not what it began with or that is not known."""
+    ours = {name.removeprefix("fewstep."): text for name, text in code.items() if name.startswith("fewstep.")}
+    return {f"fewstep.resumed.{name}": text for name, text in ours.items() if before.get(f"fewstep.{name}") != text}
 
 
 def _new_location(settings: TrackingSettings, storage: Storage | None) -> str | None:

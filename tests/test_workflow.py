@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -228,3 +229,14 @@ def test_usage_goes_on_from_what_a_killed_process_used(monkeypatch: pytest.Monke
     assert second.peak_memory_bytes == huge
     assert len(saved) >= 2
     assert all(100 < seconds <= second.seconds and peak == huge for seconds, peak in saved)
+
+
+def test_memory_that_comes_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_EVERY_S", 0.05)
+    with Usage() as usage:
+        time.sleep(0.5)
+        before = usage.peak_memory_bytes
+        block = bytearray(os.urandom(2**20) * 200)
+        time.sleep(0.5)
+        del block
+    assert usage.peak_memory_bytes - before > 150 * 2**20

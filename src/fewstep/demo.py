@@ -50,7 +50,7 @@ def run_demo(recipe_path: Path, out: Path | None = None) -> list[str]:
         f"in the MLflow registry, as {chosen['alias']}{why}.",
         f"Look at: {folder / 'report.html'} and {folder / 'samples.png'}; {picture} came over HTTP.",
         f"Next: make serve MODEL={name}, then  curl localhost:8000/v1/images/generations -H 'content-type: "
-        f'application/json\' -d \'{{"prompt": "{PROMPT}"}}\'  · or  .venv/bin/fewstep run workflows/recipes/sd15.yaml',
+        f'application/json\' -d \'{{"prompt": "{PROMPT}"}}\'  · or  .venv/bin/fewstep run workflows/recipes/emoji.yaml',
     ]
 
 

@@ -129,7 +129,11 @@ class Recipe(_Settings):
     name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the workflow")
     seed: int = Field(0, description="seed of everything")
     stages: tuple[StageName, ...] = Field(description="the stages to run, in order")
-    teacher: str | None = Field(None, description="MODEL to distill: folder, s3://, hub id, models:/ or asset:NAME")
+    teacher: str | None = Field(
+        None,
+        description="MODEL to distill: folder, s3://, hub id, models:/ or asset:NAME; an alias of the registry becomes "
+        "its version when encode runs first, so name another version to distill that",
+    )
     storage: StorageSettings = Field(default_factory=StorageSettings, description="object store")
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow")
     cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Ray")

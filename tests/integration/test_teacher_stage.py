@@ -58,7 +58,7 @@ def first(workplace: Workplace, ray_cluster: None, tmp_path_factory: pytest.Temp
 
 
 def _export(artifact: Artifact, storage: Storage) -> Path:
-    return fetch_model(join(artifact.uri, "export"), storage=storage)
+    return fetch_model(artifact.models()["teacher"], storage=storage)
 
 
 def test_a_teacher_from_nothing_is_a_stable_diffusion_pipeline(first: Artifact, storage: Storage) -> None:

@@ -35,7 +35,13 @@ def bench() -> None:
 
 def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where to compute; auto takes a GPU if there is one.",
+        ),
         click.option(
             "--precision",
             type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -66,7 +72,13 @@ def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["recipe", "sd15"]),
     help="sd15: Stable Diffusion 1.5 with random weights, no download.  [default: recipe]",
 )
-@click.option("--stage", type=click.Choice(["guidance", "progressive"]), default="guidance", show_default=True)
+@click.option(
+    "--stage",
+    type=click.Choice(["guidance", "progressive"]),
+    default="guidance",
+    show_default=True,
+    help="Whose objective: stage one's or stage two's.",
+)
 @click.option(
     "--updates", type=int, default=10, show_default=True, help="Measured updates of each round; an even number."
 )
@@ -126,7 +138,13 @@ def sample(model: str | None, shape: str | None, recipe: Path | None, as_json: b
 
 @bench.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--into", type=click.Path(path_type=Path), default=Path("docs/benchmarks.md"), show_default=True)
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    default=Path("docs/benchmarks.md"),
+    show_default=True,
+    help="Markdown page with the marks gpu-check: begin and end.",
+)
 def table(results: tuple[Path, ...], into: Path) -> None:
     """Write RESULTS, files of what --json printed, as a table into the marked section of a Markdown page."""
     from fewstep.bench.result import read_result, write_benchmarks_table

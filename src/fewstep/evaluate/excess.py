@@ -22,6 +22,8 @@ KID_RATIO_GOALS: Mapping[int, float] = {4: 1.10, 1: 1.35}
 #: A student of this many steps against the guided teacher's many: evaluations and wall clock.
 WALL_CLOCK_STEPS = 4
 WALL_CLOCK_GOAL = 20.0
+#: Largest relative error of stage one's network.
+STAGE_ONE_GOAL = 0.05
 
 
 def compute_ratios(outcomes: Sequence[RowOutcome], seconds: Mapping[RowSpec, Sequence[float]]) -> Ratios:

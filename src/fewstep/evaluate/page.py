@@ -12,6 +12,7 @@ from PIL import Image
 from fewstep.evaluate.baselines import RowSpec
 from fewstep.evaluate.chart import kid_chart
 from fewstep.evaluate.distances import Interval
+from fewstep.evaluate.excess import STAGE_ONE_GOAL
 from fewstep.evaluate.grid import grid_order, row_label
 from fewstep.evaluate.schema import Excess, Report, Result
 
@@ -96,7 +97,8 @@ _GOALS_TEXT = (
 
 
 def _pictures_text(report: Report) -> str:
-    shown = len(report.settings.get("show", ()))
+    prompts = report.settings.get("show", ())
+    shown = len(prompts) if isinstance(prompts, list | tuple) else 0
     if not shown:
         return f"{_PICTURES_TEXT} The prompts were held out from training."
     own = "first prompt was" if shown == 1 else f"first {shown} prompts were"
@@ -213,7 +215,8 @@ def _goals_table(report: Report) -> str:
         rows.append(("", [name, value, f"≥ {clock.goal:g}", _verdict(clock.met)]))
     if report.stage_one_relative_error is not None:
         name = "stage one, before any halving: relative error of v against the guided pair, held-out prompts"
-        rows.append(("", [name, f"{report.stage_one_relative_error:.1%}", "", ""]))
+        met = report.stage_one_relative_error <= STAGE_ONE_GOAL
+        rows.append(("", [name, f"{report.stage_one_relative_error:.1%}", f"≤ {STAGE_ONE_GOAL:.0%}", _verdict(met)]))
     return _table(["student's steps: what", "value", "goal", ""], rows)
 
 

@@ -48,6 +48,15 @@ class Artifact:
     peak_memory_bytes: int = 0
     finished: str = ""
 
+    def models(self) -> dict[str, str]:
+        """Return the MODEL URIs of what was trained, by a label for people; empty for stages that train nothing."""
+        students = {f"student, {steps} steps": each["uri"] for steps, each in self.facts.get("students", {}).items()}
+        if "network" in self.facts:
+            return {"teacher": join(self.uri, "export")}
+        if "relative_error" in self.facts:
+            return {"stage one": self.facts["training"]["export_uri"]}
+        return students
+
 
 @dataclass(frozen=True)
 class StageContext:
@@ -124,9 +133,10 @@ def teacher_uri(recipe: Recipe, storage: Storage) -> str:
 
 
 def pin_teacher(context: StageContext) -> str:
-    """Return a URI of the teacher that means the same model in every stage and on every machine.
+    """Return the URI of the teacher that all later stages use, on whatever machine.
 
     An alias becomes its version, and a folder of this machine is stored where the workers of other machines find it.
+    A hub id and an s3:// URI stay as they are: what they name is taken not to change while the recipe runs.
     """
     uri = teacher_uri(context.recipe, context.storage)
     if uri.startswith("models:"):

@@ -158,8 +158,9 @@ def worker_group(settings: ClusterSettings, *, global_batch_size: int, num_strea
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     use_gpu = cluster_gpus > 0 if settings.use_gpu == "auto" else settings.use_gpu
-    num_workers = settings.num_workers
-    if num_workers == "auto":
+    if settings.num_workers != "auto":
+        num_workers = settings.num_workers
+    else:
         cores = cluster_cpus // (settings.cpus_per_worker or 1)
         most = cluster_gpus if use_gpu else min(cores, global_batch_size // _MIN_ROWS_PER_CPU_WORKER)
         shared = math.gcd(global_batch_size, num_streams or global_batch_size)

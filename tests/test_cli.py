@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -31,6 +34,16 @@ def test_every_command_explains_itself(command: str) -> None:
     assert result.exit_code == 0
     assert len(result.output.splitlines()) >= 4
     assert command in call("--help").output
+
+
+def test_every_option_of_every_command_has_a_help_text() -> None:
+    bench = main.commands["bench"]
+    assert isinstance(bench, click.Group)
+    assert set(bench.commands) == {"train", "sample", "table"}
+    for command in [*main.commands.values(), *bench.commands.values()]:
+        assert command.help, command.name
+        for parameter in command.params:
+            assert not isinstance(parameter, click.Option) or parameter.help, (command.name, parameter.name)
 
 
 def test_sample_writes_one_picture_for_each_prompt(student: Path, tmp_path: Path) -> None:
@@ -67,6 +80,40 @@ def test_sample_refuses_an_empty_prompt(student: Path) -> None:
     result = call("sample", student, "  ")
     assert result.exit_code == 2
     assert "prompt is empty" in result.output
+
+
+def test_a_full_disk_is_one_line(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "000-seed0.png").symlink_to("/dev/full")
+    result = call("sample", student, "a red apple", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.output.startswith("error: sample: the disk is full (OSError: [Errno 28] No space left on device)")
+    assert f"{tmp_path} has " in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["sample", "a red apple", "--out"], ["export"]])
+def test_a_file_that_is_named_for_a_folder_is_one_line(student: Path, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    result = call(arguments[0], student, *arguments[1:], tmp_path / "file")
+    assert result.exit_code == 2
+    assert f"{tmp_path}/file cannot be made: a file is where a folder is needed" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_fault_of_ours_keeps_its_stack(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.models.export.export_model", lambda *arguments, **options: 1 / 0)
+    assert isinstance(call("export", student, tmp_path / "out").exception, ZeroDivisionError)
+
+
+def test_ctrl_c_is_the_way_to_stop_serving(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def wait(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fewstep.serving.served", lambda *models, **options: contextlib.nullcontext(Interrupted()))
+    result = call("serve", student)
+    assert result.exit_code == 0
+    assert result.output.splitlines() == ["Stop with Ctrl-C.", "Stopped serving."]
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import pickle
+import re
+import shutil
 import socket
 import threading
 import time
@@ -15,6 +18,8 @@ from pydantic import ValidationError
 
 from fewstep.errors import StorageError
 from fewstep.storage import ObjectNotFoundError, Storage, StorageSettings, join, open_storage
+from fewstep.storage.embedded import Credentials
+from fewstep.storage.faults import disk_error
 
 LOCAL = Storage(StorageSettings())
 
@@ -134,6 +139,39 @@ def test_a_full_local_disk_is_said() -> None:
         file.write(b"x")
 
 
+def test_a_full_disk_is_known_by_what_any_library_says_of_it(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    (source / "weights").write_bytes(b"x" * 100_000)
+    (target / "weights").symlink_to("/dev/full")
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(source, target, dirs_exist_ok=True)  # an OSError without a number
+    said = disk_error(caught.value, what="export", folders=[tmp_path])
+    assert re.search(rf"^export: the disk is full .*{target}/weights.*{tmp_path} has \d+ MB free.*run again", str(said))
+    # Of many folders only those that are full are named; /proc never has room.
+    said = disk_error(caught.value, what="export", folders=[tmp_path, Path("/proc/self")])
+    assert str(said).endswith(": /proc/self has 0 MB free. Free some and run again.")
+    named = OSError(errno.ENOSPC, "No space left on device", str(source / "weights"), None, str(tmp_path / "x"))
+    assert str(disk_error(named, what="export", folders=[])).startswith(f"write {tmp_path}/x: the disk is full")
+    assert disk_error(ZeroDivisionError(), what="export", folders=[tmp_path]) is None
+
+
+def test_a_path_that_may_not_be_used_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(OSError, match=r"exists|directory") as caught:
+            path.mkdir()
+        said = disk_error(caught.value, what="sample", folders=[path])
+        assert str(said) == f"sample: {path} cannot be made: a file is where a folder is needed. Name another place."
+    refused = PermissionError(errno.EACCES, "Permission denied", "/root/x")  # never raised for root, who may do all
+    said = disk_error(refused, what="sample", folders=[])
+    assert "sample: /root/x cannot be used: Permission denied. Give this user the right" in str(said)
+    with pytest.raises(FileExistsError) as ours:
+        tmp_path.mkdir()
+    assert disk_error(ours.value, what="sample", folders=[]) is None  # a fault of ours keeps its stack
+
+
 def test_too_little_room_for_the_embedded_server_is_said(tmp_path: Path) -> None:
     settings = StorageSettings(home=tmp_path / "s3", min_free_mb=10**9)
     with pytest.raises(StorageError, match=rf"{tmp_path}/s3 is full: \d+ MB free.*min_free_mb"), open_storage(settings):
@@ -243,6 +281,22 @@ def test_answers_of_a_server_in_words(
     handler.status, handler.body = status, _s3_error(code, message)
     with pytest.raises(StorageError, match=said):
         storage.write_bytes("s3://bucket/key", b"x")
+    assert handler.count == tries
+
+
+@pytest.mark.parametrize(
+    ("home", "tries", "said"), [("/proc", 1, "is full: .* /proc has 0 MB"), ("/tmp", 3, "a hiccup")]
+)
+def test_a_plain_500_of_the_embedded_server_on_a_full_disk(
+    answering: tuple[type[_Answers], Storage], home: str, tries: int, said: str
+) -> None:
+    """SeaweedFS does not say that its disk is full; /proc is a disk that never has room."""
+    handler, storage = answering
+    handler.body = _s3_error("InternalError", "a hiccup")
+    settings = storage.settings.model_copy(update={"kind": "embedded", "endpoint_url": None, "home": Path(home)})
+    embedded = Storage(settings, endpoint_url=storage.endpoint_url, credentials=Credentials("someone", "secret"))
+    with pytest.raises(StorageError, match=said):
+        embedded.write_bytes("s3://bucket/key", b"x")
     assert handler.count == tries
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -30,8 +31,22 @@ def _plain_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             click.echo("stopped; the same command goes on where this one was", err=True)
             sys.exit(130)
+        except Exception as error:
+            said = _disk_error(error, command.__name__, arguments=kwargs)
+            if said is None:
+                raise
+            click.echo(f"error: {said}", err=True)
+            sys.exit(2)
 
     return run
+
+
+def _disk_error(error: Exception, command: str, *, arguments: dict[str, Any]) -> FewstepError | None:
+    from fewstep.storage.faults import disk_error
+    from fewstep.tracking.settings import fewstep_home
+
+    out = arguments.get("out") or arguments.get("folder") or Path.cwd()
+    return disk_error(error, what=command, folders=[out, fewstep_home(), Path(tempfile.gettempdir())])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -81,9 +96,10 @@ def run(recipe: Path, out: Path | None) -> None:
     with open_workplace(loaded) as workplace:
         artifacts = run_workflow(loaded, workplace, out=folder)
     for name, artifact in artifacts.items():
-        click.echo(f"{name:12} {artifact.uri}")
+        for label, uri in artifact.models().items() or [(name, artifact.uri)]:
+            click.echo(f"{label:20} {uri}")
     if "evaluate" in artifacts:
-        click.echo(f"report       {folder / 'report.html'}")
+        click.echo(f"{'report':20} {folder / 'report.html'}")
 
 
 @main.command()
@@ -105,7 +121,8 @@ def stage(name: str, recipe: Path, out: Path | None) -> None:
     loaded = load_recipe(recipe)
     with open_workplace(loaded) as workplace:
         artifact = run_stage(cast(StageName, name), loaded, workplace, out=_out_folder(out, loaded.name))
-    click.echo(f"{name} {artifact.uri}")
+    for label, uri in artifact.models().items() or [(name, artifact.uri)]:
+        click.echo(f"{label} {uri}")
 
 
 @main.command()
@@ -213,9 +230,12 @@ def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) ->
     from fewstep.serving import default_models, served
 
     loaded = _recipe(recipe)
-    with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
-        click.echo("Stop with Ctrl-C.")
-        server.wait()
+    try:
+        with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
+            click.echo("Stop with Ctrl-C.")
+            server.wait()
+    except KeyboardInterrupt:  # the way to stop it, so no error
+        click.echo("Stopped serving.")
 
 
 @main.command()

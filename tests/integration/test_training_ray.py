@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import io
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 import ray.cloudpickle
 import real_training
 import torch
 import toy_training
+from aiohttp import web
 from real_training import Kind, real_job
 from torch import Tensor
 from toy_training import FileTracker, toy_job
+from yarl import URL
 
-from fewstep.errors import CheckpointError, DataError, FewstepError
+from fewstep.errors import CheckpointError, DataError, FewstepError, StorageError
 from fewstep.storage import Storage, join
+from fewstep.storage.embedded import Credentials
 from fewstep.train.in_process import train_in_process
 from fewstep.train.run import run_training
 from fewstep.train.settings import ClusterSettings
@@ -194,6 +203,94 @@ def test_an_error_that_the_user_can_mend_comes_out_as_it_is(storage: Storage, bu
     with pytest.raises(CheckpointError) as caught:
         run_training(toy_job(fingerprint="b" * 64), cluster=ONE, storage=storage, uri=bucket_uri, tracker=None)
     assert all(word in str(caught.value) for word in ("a" * 64, "b" * 64, f"remove {bucket_uri}/checkpoints"))
+
+
+class Door:
+    """The store behind a door that, while `full`, answers 507 to checkpoints of updates after the fifth."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.full = True
+        self.refused: list[str] = []
+        self._behind = str(storage.endpoint_url)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.url = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(60)
+
+    async def _open(self) -> str:
+        self._session = aiohttp.ClientSession(auto_decompress=False)
+        application = web.Application(client_max_size=2**30)
+        application.router.add_route("*", "/{path:.*}", self._pass_on)
+        self._runner = web.AppRunner(application, auto_decompress=False)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _pass_on(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        update = re.search(r"/checkpoints/update-(\d+)", request.raw_path)
+        if self.full and request.method in ("PUT", "POST") and update and int(update[1]) > 5:
+            self.refused.append(request.raw_path)
+            error = "<Error><Code>InsufficientStorage</Code><Message>no space left on device</Message></Error>"
+            return web.Response(status=507, text=error, content_type="application/xml")
+        headers = _end_to_end(request.headers)  # with the Host that the client named: it is signed
+        url = URL(self._behind + request.raw_path, encoded=True)
+        async with self._session.request(
+            request.method, url, data=body or None, headers=headers, allow_redirects=False
+        ) as answer:
+            headers = _end_to_end(answer.headers)
+            if request.method == "HEAD":
+                headers["Content-Length"] = answer.headers.get("Content-Length", "0")
+            return web.Response(status=answer.status, headers=headers, body=await answer.read() or None)
+
+    def close(self) -> None:
+        async def close() -> None:
+            await self._session.close()
+            await self._runner.cleanup()
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(60)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
+    of_one_connection = ("connection", "content-length", "expect", "keep-alive", "transfer-encoding")
+    return {name: value for name, value in headers.items() if name.lower() not in of_one_connection}
+
+
+def test_a_store_that_fills_up_is_said_and_the_same_command_goes_on(storage: Storage, bucket_uri: str) -> None:
+    keys = storage.environment()
+    credentials = Credentials(keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"])
+    settings = storage.settings.model_copy(update={"retry_attempts": 2})
+    cluster = ClusterSettings(num_workers=1, cpus_per_worker=1, max_failures=0)
+    with contextlib.closing(Door(storage)) as door:
+        behind = Storage(settings, endpoint_url=door.url, credentials=credentials)
+        # The pause lets Ray note the checkpoint of update 5 before that of update 10 is refused.
+        job = toy_job(mischief={"pause_s": 0.3}, **OPTIONS)
+        with pytest.raises(StorageError) as caught:
+            run_training(job, cluster=cluster, storage=behind, uri=bucket_uri, tracker=None)
+        assert door.refused
+        said = ("toy: a checkpoint could not be stored in", join(bucket_uri, "checkpoints"), "has room", "goes on from")
+        assert all(words in str(caught.value) for words in said)
+        door.full = False
+        result = run_training(toy_job(**OPTIONS), cluster=cluster, storage=behind, uri=bucket_uri, tracker=None)
+    assert result.resumed_from == 5
+    assert result.updates == 30
+
+
+def test_a_worker_whose_disk_is_full_at_the_export_says_so(storage: Storage, bucket_uri: str) -> None:
+    def export(network: torch.nn.Module, folder: str) -> None:
+        Path(folder, "weights.pt").symlink_to("/dev/full")
+        Path(folder, "weights.pt").write_bytes(b"weights")
+
+    job = dataclasses.replace(toy_job(**OPTIONS), export=export)
+    with pytest.raises(StorageError) as caught:
+        run_training(job, cluster=ONE, storage=storage, uri=bucket_uri, tracker=None)
+    said = ("toy: write to ", "the disk is full", "MB free", "TMPDIR", join(bucket_uri, "checkpoints"))
+    assert all(words in str(caught.value) for words in said)
+    result = run_training(toy_job(**OPTIONS), cluster=ONE, storage=storage, uri=bucket_uri, tracker=None)
+    assert result.resumed_from == 30
 
 
 def test_a_worker_that_always_dies_is_given_up(storage: Storage, bucket_uri: str) -> None:

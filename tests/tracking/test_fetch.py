@@ -1,8 +1,10 @@
+import http.server
 import json
 import os
 import shutil
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,71 @@ def test_hub_model_in_the_local_cache_needs_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert fetch_model("some-org/some-model") == repository / "snapshots" / commit
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """A hub with one model of one file."""
+
+    def do_GET(self):
+        body = b"{}"
+        if "/tree/" in self.path:
+            body = json.dumps([{"type": "file", "path": "model_index.json", "size": 2, "oid": "e" * 40}]).encode()
+        elif self.path.startswith("/api/"):
+            body = json.dumps({"id": "some-org/some-model", "sha": "a" * 40}).encode()
+        self.send_response(200)
+        for name, value in {"Content-Length": len(body), "ETag": '"e"', "X-Repo-Commit": "a" * 40}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    """The folder that models are fetched to from a hub on this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    constants = {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+    }
+    for name, value in constants.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    yield tmp_path / "hub"
+    server.shutdown()
+    server.server_close()
+
+
+def test_hub_model_is_fetched_into_the_local_cache(hub_cache):
+    folder = fetch_model("some-org/some-model")
+    assert folder == hub_cache / "models--some-org--some-model" / "snapshots" / ("a" * 40)
+    assert (folder / "model_index.json").read_text() == "{}"
+
+
+def test_full_disk_is_not_taken_for_a_hub_out_of_reach(hub_cache, monkeypatch):
+    number = uuid.UUID(int=0)
+    monkeypatch.setattr(uuid, "uuid4", lambda: number)  # so that the file that is downloaded to can be put on /dev/full
+    blobs = hub_cache / "models--some-org--some-model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"e.{number.hex[:8]}.incomplete").symlink_to("/dev/full")
+    with pytest.raises(
+        StorageError, match=rf"some-org/some-model.* disk is full.*{hub_cache} has \d+ MB.*HF_HUB_CACHE"
+    ):
+        fetch_model("some-org/some-model")
+
+
+def test_hub_cache_that_cannot_be_made_is_said(hub_cache):
+    hub_cache.write_text("")
+    with pytest.raises(StorageError, match=rf"{hub_cache}.* a file is where a folder is needed.*HF_HUB_CACHE"):
+        fetch_model("some-org/some-model")
 
 
 def test_student_asset_takes_what_it_lacks_from_its_base(tmp_path):

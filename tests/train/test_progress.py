@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
+import re
 import select
 import time
 
@@ -61,6 +63,8 @@ def test_a_terminal_gets_a_bar() -> None:
         shown = printer(out)
         shown.show(100, {})
         time.sleep(0.2)
+        shown.show(110, {"loss": 0.25})
+        time.sleep(0.2)
         shown.show(350, {"loss": 0.25})
         shown.close()
         text = ""
@@ -68,8 +72,11 @@ def test_a_terminal_gets_a_bar() -> None:
             text += os.read(parent, 4096).decode(errors="replace")
     os.close(parent)
     assert "guidance" in text
-    assert "350/700 updates" in text
-    assert "images/s · loss 0.25" in text
+    # 590 updates are left, and ten took 0.2 seconds or more.
+    left = re.search(r"110/700 updates · \d\d:\d\d<(\d\d):(\d\d) · \d+ images/s · loss 0\.25", text)
+    assert left
+    assert int(left[1]) * 60 + int(left[2]) >= 10
+    assert re.search(r"350/700 updates · \d\d:\d\d<\d\d:\d\d · \d+ images/s · loss 0\.25", text)
 
 
 def test_the_watcher_looks_once_more_at_the_end_and_survives_errors() -> None:
@@ -99,6 +106,10 @@ def test_errors_of_ray_in_words() -> None:
     stored = words(WorkerGroupError("", {0: upload}))
     assert isinstance(stored, StorageError)
     assert "could not be stored in s3://b/x/checkpoints" in str(stored)
+    full = words(WorkerGroupError("", {0: OSError(errno.ENOSPC, "No space left on device")}))
+    assert isinstance(full, StorageError)
+    assert "the disk of a worker is full" in str(full)
+    assert "s3://b/x/checkpoints" in str(full)
     other_ray = words(ControllerError(ValueError("Failed to initialize the checkpoint manager: other Ray version")))
     assert isinstance(other_ray, CheckpointError)
     assert words(WorkerGroupError("", {0: ZeroDivisionError()})) is None  # a fault of ours keeps its stack

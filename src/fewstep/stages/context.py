@@ -50,7 +50,10 @@ class Artifact:
 
     def models(self) -> dict[str, str]:
         """Return the MODEL URIs of what was trained, by a label for people; empty for stages that train nothing."""
-        students = {f"student, {steps} steps": each["uri"] for steps, each in self.facts.get("students", {}).items()}
+        students = {
+            f"student, {steps} step{'' if steps == '1' else 's'}": each["uri"]
+            for steps, each in self.facts.get("students", {}).items()
+        }
         if "network" in self.facts:
             return {"teacher": join(self.uri, "export")}
         if "relative_error" in self.facts:

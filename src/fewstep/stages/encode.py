@@ -83,23 +83,22 @@ def encode_shards(
     counts = SampleCounts(max_bad_share, index.num_samples)
     decode = partial(decode_picture, resolution=parts.resolution)
     written: list[Shard] = []
-    with Progress(label, index.num_samples, "images") as progress:
-        for number, shard in enumerate(index.shards):
+    record_uris = [join(target, "records", f"{number:05d}.json") for number in range(len(index.shards))]
+    records = [_read_record(uri, shard, storage) for uri, shard in zip(record_uris, index.shards, strict=True)]
+    done = sum(record["seen"] for record in records if record is not None)
+    with Progress(label, index.num_samples, "images", done=done) as progress:
+        for number, (shard, record) in enumerate(zip(index.shards, records, strict=True)):
             uri = join(target, f"{number:05d}.tar")
-            record_uri = join(target, "records", f"{number:05d}.json")
-            source_id = {"uri": shard.uri, "size_bytes": shard.size_bytes, "fingerprint": shard.fingerprint}
-            record = storage.read_json(record_uri) if storage.exists(record_uri) else None
-            if record is None or record["source"] != source_id:
+            if record is None:
                 record = _encode_shard(
                     shard, uri, parts=parts, storage=storage, batch_size=batch_size, with_text=with_text, counts=counts,
                     decode=decode, progress=progress,
                 )  # fmt: skip
-                storage.write_json(record_uri, {**record, "source": source_id})
+                storage.write_json(record_uris[number], {**record, "source": _source(shard)})
             else:
                 counts.seen += record["seen"]
                 for reason, count in record["skipped"].items():
                     counts.skipped[reason] = counts.skipped.get(reason, 0) + count
-                progress.advance(record["seen"])
             if record["shard"] is not None:
                 written.append(Shard(uri, **record["shard"]))
         counts.finish()
@@ -112,6 +111,16 @@ def encode_shards(
         "num_shards": len(written),
         "skipped": dict(counts.skipped),
     }
+
+
+def _source(shard: Shard) -> dict[str, Any]:
+    return {"uri": shard.uri, "size_bytes": shard.size_bytes, "fingerprint": shard.fingerprint}
+
+
+def _read_record(uri: str, shard: Shard, storage: Storage) -> dict[str, Any] | None:
+    """Return what an earlier run noted about this shard; None where it has not come to it, or the shard has changed."""
+    record: dict[str, Any] | None = storage.read_json(uri) if storage.exists(uri) else None
+    return record if record is not None and record["source"] == _source(shard) else None
 
 
 def _encode_shard(
@@ -131,6 +140,7 @@ def _encode_shard(
     encoded = list(_encoded(samples, parts, batch_size, with_text, progress))
     skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
     record: dict[str, Any] = {"shard": None, "seen": counts.seen - before.seen, "skipped": skipped}
+    progress.advance(record["seen"] - len(encoded))
     # A shard without one sample that can be used is counted like the samples; how many may be is judged over all.
     if encoded:
         facts = asdict(write_shard(encoded, uri, storage=storage))

@@ -113,7 +113,8 @@ def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Pat
     real, prompts = _read(context, "evaluate", teacher.resolution)
     features = Lite0Features(num_threads=settings.num_threads)
     scorer = AlignmentScorer(image_features=features).fit(*_read(context, "alignment", teacher.resolution))
-    with Progress("evaluate", len(row_specs(settings)), "rows") as progress:
+    each = settings.num_prompts
+    with Progress("evaluate", len(row_specs(settings)) * each, "images") as progress:
         return compare(
             teacher=teacher,
             students=networks,
@@ -124,7 +125,7 @@ def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Pat
             settings=settings,
             scorer=scorer,
             image_features=features,
-            progress=lambda message, done, total: progress.advance(done - progress.done),
+            progress=lambda message, done, total: progress.advance(done * each - progress.done),
         )
 
 

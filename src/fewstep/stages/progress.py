@@ -8,7 +8,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from fewstep.train.progress import duration
+
 _LINE_EVERY_S = 15.0
+_BAR = "{desc}  {bar} {n_fmt}/{total_fmt}{unit} · {elapsed}<{remaining} · {rate_noinv_fmt}"
 
 
 class Progress:
@@ -18,13 +21,16 @@ class Progress:
         name: the stage.
         total: how many there are, or None when nobody knows.
         unit: what is counted, in the plural.
+        done: how many an earlier run has done; the rate does not count them.
     """
 
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
+    def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done = 0
+        self.done = self._before = done
         self._started = self._said = time.monotonic()
-        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=name, unit=f" {unit}", leave=False, bar_format=_BAR)
 
     def advance(self, count: int = 1) -> None:
         """Count so many more."""
@@ -45,9 +51,9 @@ class Progress:
 
     def _say(self) -> None:
         self._said = time.monotonic()
-        rate = self.done / max(self._said - self._started, 1e-9)
+        rate = (self.done - self._before) / max(self._said - self._started, 1e-9)
         counted = f"{self.done}{f'/{self.total}' if self.total else ''} {self.unit}"
         line = f"{self.name}  {counted} · {rate:.{0 if rate >= 10 else 1}f} {self.unit}/s"
         if self.total and rate:
-            line += f" · {(self.total - self.done) / rate:.0f} s left"
+            line += f" · {duration((self.total - self.done) / rate)} left"
         print(line, file=sys.stderr, flush=True)

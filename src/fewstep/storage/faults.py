@@ -1,13 +1,14 @@
-"""Turns what an S3 client raises into words, and decides what is worth another try."""
+"""Turns what an S3 client or a disk raises into words, and decides what is worth another try."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -33,7 +34,11 @@ _TRY_AGAIN = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "Throttling", 
 _CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthFailure", "401"}
 _DENIED = {"AccessDenied", "AllAccessDisabled", "403"}
 _FULL = {"507", "InsufficientStorage", "XMinioStorageFull", "QuotaExceeded", "EntityTooLargeForQuota"}
-_FULL_TEXT = ("no space left", "no writable volumes", "no free volumes", "not enough disk", "quota exceeded")
+_FULL_TEXT = (
+    "no space left", "no writable volumes", "no free volumes", "not enough disk", "disk is full", "quota exceeded",
+)  # fmt: skip
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LITTLE_ROOM_BYTES = 2**26
 
 
 class ObjectNotFoundError(StorageError):
@@ -143,7 +148,9 @@ def unreachable(error: BaseException, *, what: str, place: Place, backoff: Backo
 
 def _looks_full(error: BaseException, place: Place) -> bool:
     # On a full disk SeaweedFS answers with a plain 500.
-    return is_full(error) or (place.home is not None and _status(error) >= 500 and _free_bytes(place.home) < 2**26)
+    return is_full(error) or (
+        place.home is not None and _status(error) >= 500 and _free_bytes(place.home) < _LITTLE_ROOM_BYTES
+    )
 
 
 def translate(error: Exception, *, what: str, place: Place) -> StorageError | None:
@@ -191,6 +198,32 @@ def full_error(*, what: str, place: str, folder: Path | None) -> StorageError:
     """The error for a full disk, with what is free in `folder` when that is on this machine."""
     where = "" if folder is None else f" {folder} has {_free_bytes(folder) / 1e6:.0f} MB free."
     return StorageError(f"{what}: the {place} is full: nothing more can be written.{where} Free some and run again.")
+
+
+def disk_error(error: BaseException, *, what: str, folders: Sequence[Path]) -> StorageError | None:
+    """The StorageError for a disk that is full or a path that may not be used, or None for any other error.
+
+    An error of a full disk seldom says where; then those of `folders`, where `what` writes, that are full are named.
+    """
+    # Of a copy the second name is the one that is written.
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    path = Path(named) if isinstance(named, (str, os.PathLike)) else None
+    if is_full(error):
+        if path is not None:
+            return full_error(what=f"write {path}", place="disk", folder=path)
+        full = [folder for folder in folders if _free_bytes(folder) < _LITTLE_ROOM_BYTES] or folders
+        room = ", ".join(f"{folder} has {_free_bytes(folder) / 1e6:.0f} MB free" for folder in full)
+        return StorageError(f"{what}: the disk is full ({_short(error)}): {room}. Free some and run again.")
+    if not isinstance(error, OSError) or path is None:
+        return None
+    if error.errno in _REFUSED:
+        return StorageError(
+            f"{what}: {path} cannot be used: {error.strerror}. Give this user the right to it, or name another place."
+        )
+    # Something that is there already can be a fault of ours, except where a file was named for a folder.
+    if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and path in folders):
+        return StorageError(f"{what}: {path} cannot be made: a file is where a folder is needed. Name another place.")
+    return None
 
 
 def _free_bytes(folder: Path) -> int:

@@ -10,8 +10,9 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
-from fewstep.errors import ModelError
+from fewstep.errors import ModelError, StorageError
 from fewstep.storage import Storage
+from fewstep.storage.faults import disk_error
 from fewstep.tracking.cache import cached_folder
 from fewstep.tracking.registry import Registry
 from fewstep.tracking.settings import TrackingSettings
@@ -119,7 +120,12 @@ def _from_hub(repo_id: str) -> Path:
             f"{repo_id}: there is no such folder here and no such model on the hub (a private one needs HF_TOKEN). "
             f"Write {_FORMS}."
         ) from error
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
+        disk = disk_error(error, what=f"{repo_id} from the hub", folders=[Path(constants.HF_HUB_CACHE)])
+        if disk is not None:
+            raise StorageError(f"{disk} HF_HUB_CACHE names another folder for what comes from the hub.") from error
+        if isinstance(error, RuntimeError):
+            raise
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ModelError(
             f"{repo_id}: there is no such folder, {why}, and the hub's local cache at {constants.HF_HUB_CACHE} does "

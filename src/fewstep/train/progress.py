@@ -16,6 +16,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 20.0
+_BAR = "{desc}  {bar} {n_fmt}/{total_fmt} updates · {elapsed}<{remaining}"
 
 
 class ProgressPrinter:
@@ -82,10 +83,10 @@ class ProgressPrinter:
     def _show_bar(self, updates_done: int, updates_per_s: float | None, figures: dict[str, float]) -> None:
         if self._bar is None:
             self._bar = tqdm(
-                total=self.updates, initial=updates_done, desc=self.name, unit="update", file=self._out,
-                bar_format="{desc}  {bar} {n_fmt}/{total_fmt} updates · {elapsed}<{remaining}{postfix}",
+                total=self.updates, initial=updates_done, desc=self.name, unit="update", file=self._out, bar_format=_BAR
             )  # fmt: skip
-        self._bar.set_postfix_str(" · ".join(["", *self._facts(updates_per_s, figures)]), refresh=False)
+        # Not as tqdm's postfix, which begins with a comma.
+        self._bar.bar_format = " · ".join([_BAR, *self._facts(updates_per_s, figures)])
         self._bar.update(updates_done - self._bar.n)
 
 

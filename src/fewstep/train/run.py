@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from fewstep.errors import CheckpointError, FewstepError, StorageError
 from fewstep.storage import join
+from fewstep.storage.faults import is_full
 from fewstep.train.board import Notes, make_board
 from fewstep.train.cluster import local_ray, worker_group
 from fewstep.train.job import TrackerHandle, TrainJob, TrainResult
@@ -212,6 +213,11 @@ def _in_words(error: Exception, job: TrainJob, *, uri: str, cluster: ClusterSett
             return StorageError(
                 f"{job.name}: a checkpoint could not be stored in {checkpoints}: {_last_line(failure)}. "
                 "Check that the store answers and has room; the same command goes on from the last checkpoint"
+            )
+        if is_full(failure):
+            return StorageError(
+                f"{job.name}: the disk of a worker is full ({_last_line(failure)}). Free some, in TMPDIR, in /tmp/ray "
+                f"or in /dev/shm; the same command goes on from the last checkpoint, in {checkpoints}"
             )
     return None
 

@@ -22,8 +22,9 @@ from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, StorageError
 from fewstep.storage import join
+from fewstep.storage.faults import full_error, is_full
 from fewstep.train.board import BoardLogHandler
 from fewstep.train.checkpoint import TrainState, load_state, save_state, scratch_folder
 from fewstep.train.in_process import make_result
@@ -73,13 +74,31 @@ def run_worker(config: dict[str, Any]) -> None:
             # Written last: with it the training counts as done.
             done = {"fingerprint": task.job.fingerprint, "tags": task.job.tags, "result": result.to_json()}
             task.storage.write_json(join(task.uri, RESULT_NAME), done)
-    except (FewstepError, torch.OutOfMemoryError) as raised:
-        error = raised if isinstance(raised, FewstepError) else _out_of_memory(raised, task.job, host.world_size)
+    except Exception as raised:
+        error = _in_words(raised, task.job, host)
+        if error is None:
+            raise
         ray.get(board.fail.remote(error))
         if host.world_size > 1:
             raise  # the other workers wait in a collective: only the end of the group frees them
     finally:
         host.close()
+
+
+def _in_words(error: Exception, job: TrainJob, host: RayHost) -> FewstepError | None:
+    """Return the error that a user can act on, or None for one that another try may mend or that is a fault of ours."""
+    if isinstance(error, FewstepError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return _out_of_memory(error, job, host.world_size)
+    # Arrow's errors of a full store; Ray Train tries again, and the driver has words for them.
+    if "AWS Error" in str(error) or not is_full(error):
+        return None
+    full = full_error(what=f"{job.name}: write to {host.scratch}", place="disk", folder=Path(host.scratch))
+    return StorageError(
+        f"{full} Or set TMPDIR to a larger disk. The same command goes on from the last checkpoint, in "
+        f"{host.checkpoint_uri}"
+    )
 
 
 def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> FewstepError:

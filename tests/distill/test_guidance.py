@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def _error(teacher: TextToImageParts, student: Any, batch: Batch, weights: list[
         prediction_type=teacher.prediction_type,
         weights=weights,
         seed=3,
-    )
+    ).by_w
 
 
 def test_relative_error_of_a_new_student_is_zero_at_w_zero_only(teacher: TextToImageParts, batch: Batch) -> None:
@@ -157,6 +158,35 @@ def test_relative_error_of_a_scaled_output_is_the_scale(teacher: TextToImagePart
         student.conv_out.weight.mul_(1.1)
         student.conv_out.bias.mul_(1.1)
     assert _error(teacher, student, batch, [0.0])[0.0] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_relative_error_by_time_holds_the_same_rows(teacher: TextToImageParts, batch: Batch) -> None:
+    """A student that is right below the middle of the times has all its error above it."""
+    right, wrong = Oracle(teacher), make_student(teacher.unet, embedding_dim=256)
+
+    class Half(nn.Module):
+        config: ClassVar = {"time_cond_proj_dim": 256}
+
+        def forward(self, z: Tensor, index: Tensor, text: Tensor, *, timestep_cond: Tensor) -> Any:
+            good = right(z, index, text, timestep_cond=timestep_cond, return_dict=False)[0]
+            bad = wrong(z, index, text, timestep_cond=timestep_cond).sample
+            return SimpleNamespace(sample=torch.where((index < 500)[:, None, None, None], good, bad))
+
+    errors = guided_relative_error(
+        teacher.unet,
+        Half(),
+        [batch] * 8,
+        null_embedding=teacher.encode_prompts([""]),
+        schedule=teacher.schedule,
+        prediction_type=teacher.prediction_type,
+        weights=[1.0, 3.0],
+        seed=3,
+    )
+    assert list(errors.by_time) == ["0-249", "250-499", "500-749", "750-999"]
+    assert errors.by_time["0-249"] < 1e-3
+    assert errors.by_time["250-499"] < 1e-3
+    assert min(errors.by_time["500-749"], errors.by_time["750-999"]) > 0.9 * errors.mean
+    assert errors.mean == pytest.approx((errors.by_w[1.0] + errors.by_w[3.0]) / 2)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample"])
@@ -175,7 +205,7 @@ def test_relative_error_is_one_of_v_for_every_prediction_type(kind: str, batch: 
         prediction_type=teacher.prediction_type,
         weights=[w],
         seed=3,
-    )[w]
+    ).by_w[w]
 
     random = RowRandom(seed=3, step=0, rows=range(4))
     random.normal(4, 4, 4)  # the posterior's draw, of no effect here

@@ -2,7 +2,7 @@
 
 from fewstep.distill.autoencoder import AutoencoderObjective
 from fewstep.distill.denoising import DenoisingObjective, TextToImageNetwork
-from fewstep.distill.guidance import GuidanceObjective, guided_relative_error
+from fewstep.distill.guidance import GuidanceObjective, GuidedError, guided_relative_error
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveObjective
 from fewstep.distill.targets import step_target
@@ -12,6 +12,7 @@ __all__ = [
     "AutoencoderObjective",
     "DenoisingObjective",
     "GuidanceObjective",
+    "GuidedError",
     "LossWeight",
     "Objective",
     "ProgressiveObjective",

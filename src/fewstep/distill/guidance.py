@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from diffusers.models import UNet2DConditionModel
@@ -17,6 +19,8 @@ from fewstep.distill.weights import LossWeight, output_weight
 from fewstep.errors import ModelError
 from fewstep.models.sampling import guided_model
 from fewstep.models.student import guidance_embedding, make_student
+
+_QUARTERS = 4
 
 
 class GuidanceObjective:
@@ -90,6 +94,24 @@ def refuse_epsilon_at_zero_snr(schedule: NoiseSchedule, prediction_type: Predict
         )
 
 
+@dataclass(frozen=True)
+class GuidedError:
+    """Relative errors of a student's v̂ against the guided pair: ‖Δv‖ / ‖v^w‖ over all rows that belong to a key.
+
+    Attributes:
+        by_w: for each guidance weight, over all times.
+        by_time: for each quarter of the times ("750-999" is the noisiest of 1000), over all weights.
+    """
+
+    by_w: dict[float, float]
+    by_time: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the weights."""
+        return sum(self.by_w.values()) / len(self.by_w)
+
+
 @torch.no_grad()
 def guided_relative_error(
     teacher: UNet2DConditionModel,
@@ -101,8 +123,8 @@ def guided_relative_error(
     prediction_type: PredictionType,
     weights: Sequence[float],
     seed: int,
-) -> dict[float, float]:
-    """Return, for each w, the relative error of the student's v̂ against the guided pair's: ‖Δv‖ / ‖v^w‖, over all rows.
+) -> GuidedError:
+    """Return the relative errors of the student's v̂ against the guided pair's.
 
     Times are uniform over the indices; every w sees the same noise and times. For networks that output eps or x the
     error is converted to v (‖Δv‖² = (SNR + 1) ‖Δx‖²).
@@ -112,7 +134,8 @@ def guided_relative_error(
         weights: the guidance weights to measure at.
         seed: seed of noise and times.
     """
-    sums = {w: [0.0, 0.0] for w in weights}
+    # (weights, quarters of the times, [error, norm])
+    sums = torch.zeros(len(weights), _QUARTERS, 2, dtype=torch.float64)
     for number, batch in enumerate(batches):
         random = RowRandom(seed=seed, step=number, rows=range(len(batch["text"])), device=batch["text"].device)
         x = draw_latents(batch, random)
@@ -121,13 +144,26 @@ def guided_relative_error(
         alpha, sigma = schedule.alpha_sigma(index)
         z = alpha * x + sigma * random.normal(*x.shape[1:])
         to_v = output_weight("snr_plus_one", alpha, sigma, prediction_type)
-        for w in weights:
+        quarter = (index * _QUARTERS // schedule.num_train_timesteps).cpu()
+        for row, w in enumerate(weights):
             target = guided_model(teacher, text, null_embedding.to(text), w)(z, index).float()
             embedding = guidance_embedding(
                 torch.full((len(text),), w, device=text.device), student.config["time_cond_proj_dim"]
             )
             output = student(z.to(text.dtype), index, text, timestep_cond=embedding.to(text.dtype)).sample.float()
             target_v = to_velocity(target, z, alpha, sigma, prediction_type)
-            sums[w][0] += float((to_v * (output - target).square()).sum())
-            sums[w][1] += float(target_v.square().sum())
-    return {w: (error / norm) ** 0.5 for w, (error, norm) in sums.items()}
+            both = torch.stack([to_v * (output - target).square(), target_v.square()], dim=-1)
+            sums[row].index_add_(0, quarter, both.sum(dim=(1, 2, 3)).double().cpu())
+    edges = [-(-k * schedule.num_train_timesteps // _QUARTERS) for k in range(_QUARTERS + 1)]  # rounded up
+    return GuidedError(
+        by_w={w: _relative(sums[row].sum(0)) for row, w in enumerate(weights)},
+        by_time={
+            f"{low}-{high - 1}": _relative(sums[:, k].sum(0))
+            for k, (low, high) in enumerate(pairwise(edges))
+            if sums[:, k, 1].sum() > 0
+        },
+    )
+
+
+def _relative(error_and_norm: Tensor) -> float:
+    return float((error_and_norm[0] / error_and_norm[1]).sqrt())

@@ -15,7 +15,7 @@ from fewstep.data.latents import decode_latents
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.data.stream import stack_samples
-from fewstep.distill import GuidanceObjective, guided_relative_error
+from fewstep.distill import GuidanceObjective, GuidedError, guided_relative_error
 from fewstep.distill.settings import GuidanceSettings
 from fewstep.models import StudentInfo, TextToImageParts, load_parts, save_student
 from fewstep.stages.batches import latent_batches
@@ -70,17 +70,24 @@ def guidance(context: StageContext) -> dict[str, Any]:
     reused = finished_result(job, storage=storage, uri=uri) is not None
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     errors = _relative_errors(context, result.export_uri)
-    context.run.log_metrics({f"relative_error_w_{w:g}": error for w, error in errors.items()}, step=result.updates)
-    mean = sum(errors.values()) / len(errors)
-    context.run.log_metrics({"relative_error": mean}, step=result.updates)
+    context.run.log_metrics(
+        {
+            "relative_error": errors.mean,
+            **{f"relative_error_w_{w:g}": error for w, error in errors.by_w.items()},
+            **{f"relative_error_t_{times}": error for times, error in errors.by_time.items()},
+        },
+        step=result.updates,
+    )
     facts = {
         "training": result.to_json(),
         "training_seconds": result.seconds,
         "reused": reused,
         "fingerprint": info.fingerprint,
-        "relative_error": mean,
+        "relative_error": errors.mean,
+        "relative_error_by_w": {f"{w:g}": error for w, error in errors.by_w.items()},
+        "relative_error_by_time": errors.by_time,
     }
-    return facts | {"relative_error_by_w": {f"{w:g}": error for w, error in errors.items()}}
+    return facts
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def _objective(settings: GuidanceSettings, source: TeacherSource, device: torch.
     )
 
 
-def _relative_errors(context: StageContext, student_uri: str) -> dict[float, float]:
+def _relative_errors(context: StageContext, student_uri: str) -> GuidedError:
     settings = context.recipe.guidance
     assert settings is not None
     device = driver_device(context.recipe.cluster)

@@ -24,17 +24,17 @@ def prepare(context: StageContext) -> dict[str, Any]:
     assert settings is not None
     facts: dict[str, Any] = {}
     drawn = drawn_splits(context.recipe)
-    total = sum(settings.num_samples(split) for split in drawn)
-    with Progress("prepare", total, "images") as progress:
-        for split in drawn:
-            uri = shards_uri(context.recipe, context.storage, split)
-            metadata = join(uri, "metadata.parquet")
-            # The metadata come last: with them the split counts as written.
-            if context.storage.exists(metadata):
+    uris = {split: shards_uri(context.recipe, context.storage, split) for split in drawn}
+    # The metadata come last: with them the split counts as written.
+    metadata = {split: join(uri, "metadata.parquet") for split, uri in uris.items()}
+    written = {split for split in drawn if context.storage.exists(metadata[split])}
+    total, done = (sum(map(settings.num_samples, splits)) for splits in (drawn, written))
+    with Progress("prepare", total, "images", done=done) as progress:
+        for split, uri in uris.items():
+            if split in written:
                 index = read_index(uri, storage=context.storage)
-                progress.advance(settings.num_samples(split))
             else:
-                index = _draw(context, settings, split, uri, metadata, progress)
+                index = _draw(context, settings, split, uri, metadata[split], progress)
             facts[split] = {
                 "uri": uri,
                 "digest": index.digest,

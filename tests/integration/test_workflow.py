@@ -16,10 +16,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from openai import BadRequestError, OpenAI
 from PIL import Image
 
+from fewstep.cli import main
 from fewstep.errors import ModelError
 from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
@@ -137,6 +139,51 @@ def test_registered_students_name_what_made_them(
         assert tags["fewstep.teacher_digest"] == folder_digest(teacher)
         assert tags["fewstep.data_digest"] == artifacts["prepare"].facts["train"]["digest"]
         assert tags["fewstep.fingerprint"]
+
+
+def test_the_command_line_takes_models_of_the_registry_and_of_the_store(
+    artifacts: dict[Any, Artifact],
+    recipe: Recipe,
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = workplace.storage
+    for name, value in storage.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path / "home"))
+    content = recipe.model_dump(mode="json", by_alias=True)
+    content["storage"] = {"kind": "s3", "endpoint_url": storage.endpoint_url, "bucket": storage.settings.bucket}
+    content["tracking"] = workplace.tracker.settings.model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+
+    def fewstep(*arguments: str) -> list[str]:
+        result = CliRunner().invoke(main, [arguments[0], *map(str, arguments[1:])])
+        assert result.exit_code == 0, result.output
+        return result.output.splitlines()
+
+    recipe_option = ("--recipe", str(tmp_path / "recipe.yaml"))
+    fewstep("export", "models:/tiny-workflow@champion", str(tmp_path / "student"), *recipe_option)
+    info = read_student_info(tmp_path / "student")
+    assert info is not None
+    assert info.num_inference_steps == 2
+
+    said = fewstep("stage", "progressive", str(tmp_path / "recipe.yaml"))
+    labels, uris = zip(*(line.rsplit(" ", 1) for line in said), strict=True)
+    assert labels == ("student, 2 steps", "student, 1 step")
+    in_the_store = uris[0]
+    assert in_the_store.startswith("s3://")
+    pictures = [
+        fewstep("sample", model, "a red apple", "--out", str(tmp_path / f"{number}"), *recipe_option)[-1]
+        for number, model in enumerate(("models:/tiny-workflow@champion", in_the_store))
+    ]
+    first, second = (Image.open(picture).tobytes() for picture in pictures)
+    assert first == second, "one student, by two names"
+
+    page = fewstep("evaluate", str(tmp_path / "recipe.yaml"), in_the_store, "--out", str(tmp_path / "compare"))[-1]
+    assert Path(page).exists()
+    report = json.loads((tmp_path / "compare" / "report.json").read_text())
+    assert [row["num_inference_steps"] for row in report["results"] if row["method"] == "student"] == [2]
 
 
 def test_mlflow_has_parent_and_children_with_figures(

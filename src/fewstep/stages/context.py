@@ -52,7 +52,7 @@ class Artifact:
         """Return the MODEL URIs of what was trained, by a label for people; empty for stages that train nothing."""
         students = {
             f"student, {steps} step{'' if steps == '1' else 's'}": each["uri"]
-            for steps, each in self.facts.get("students", {}).items()
+            for steps, each in sorted(self.facts.get("students", {}).items(), key=lambda item: -int(item[0]))
         }
         if "network" in self.facts:
             return {"teacher": join(self.uri, "export")}

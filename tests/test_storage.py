@@ -153,7 +153,7 @@ def test_a_full_disk_is_known_by_what_any_library_says_of_it(tmp_path: Path) -> 
     said = disk_error(caught.value, what="export", folders=[tmp_path, Path("/proc/self")])
     assert str(said).endswith(": /proc/self has 0 MB free. Free some and run again.")
     named = OSError(errno.ENOSPC, "No space left on device", str(source / "weights"), None, str(tmp_path / "x"))
-    assert str(disk_error(named, what="export", folders=[])).startswith(f"write {tmp_path}/x: the disk is full")
+    assert str(disk_error(named, what="export", folders=[])).startswith(f"export: write {tmp_path}/x: the disk is full")
     assert disk_error(ZeroDivisionError(), what="export", folders=[tmp_path]) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -233,10 +234,16 @@ def test_usage_goes_on_from_what_a_killed_process_used(monkeypatch: pytest.Monke
 
 def test_memory_that_comes_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_EVERY_S", 0.05)
+
+    def until(reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not reached():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
     with Usage() as usage:
-        time.sleep(0.5)
+        until(lambda: usage.peak_memory_bytes > 0)
         before = usage.peak_memory_bytes
         block = bytearray(os.urandom(2**20) * 200)
-        time.sleep(0.5)
+        until(lambda: usage.peak_memory_bytes - before > 150 * 2**20)
         del block
-    assert usage.peak_memory_bytes - before > 150 * 2**20

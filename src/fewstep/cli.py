@@ -5,48 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Callable
-from functools import wraps
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fewstep.bench.commands import bench
-from fewstep.errors import FewstepError
+from fewstep.plain_errors import plain_errors
 
 MODEL_HELP = "a folder, s3://…, models:/NAME@champion, asset:NAME, or a hub id ORG/NAME"
 DEMO_RECIPE = Path("workflows/recipes/demo.yaml")
-
-
-def _plain_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except FewstepError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on where this one was", err=True)
-            sys.exit(130)
-        except Exception as error:
-            said = _disk_error(error, command.__name__, arguments=kwargs)
-            if said is None:
-                raise
-            click.echo(f"error: {said}", err=True)
-            sys.exit(2)
-
-    return run
-
-
-def _disk_error(error: Exception, command: str, *, arguments: dict[str, Any]) -> FewstepError | None:
-    from fewstep.storage.faults import disk_error
-    from fewstep.tracking.settings import fewstep_home
-
-    out = arguments.get("out") or arguments.get("folder") or Path.cwd()
-    return disk_error(error, what=command, folders=[out, fewstep_home(), Path(tempfile.gettempdir())])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -84,7 +53,7 @@ def _out_folder(out: Path | None, name: str) -> Path:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
-@_plain_errors
+@plain_errors
 def run(recipe: Path, out: Path | None) -> None:
     """Run all stages of RECIPE in order: skip what is done, go on with what was stopped."""
     from fewstep.recipe import load_recipe
@@ -106,7 +75,7 @@ def run(recipe: Path, out: Path | None) -> None:
 @click.argument("name")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
-@_plain_errors
+@plain_errors
 def stage(name: str, recipe: Path, out: Path | None) -> None:
     """Run one stage NAME of RECIPE; the stages before it must have finished.
 
@@ -128,7 +97,7 @@ def stage(name: str, recipe: Path, out: Path | None) -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path), default=DEMO_RECIPE)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
-@_plain_errors
+@plain_errors
 def demo(recipe: Path, out: Path | None) -> None:
     """Run the demo RECIPE to its end, serve the student for a moment, and fetch one picture over HTTP."""
     from fewstep.demo import run_demo
@@ -160,7 +129,7 @@ def _recipe(path: Path | None) -> Any:
     "--seed", type=int, default=0, show_default=True, help="Seed of the first picture; one more for each next."
 )
 @_RECIPE_OPTION
-@_plain_errors
+@plain_errors
 def sample(
     model: str,
     prompts: tuple[str, ...],
@@ -199,7 +168,7 @@ def sample(
 @click.option("--half", is_flag=True, help="Store the weights as float16, half the size.")
 @click.option("--on", "base", metavar="NAME", help="Leave out what asset:NAME has: the U-Net alone is left, to ship.")
 @_RECIPE_OPTION
-@_plain_errors
+@plain_errors
 def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path | None) -> None:
     """Write MODEL to FOLDER as a plain diffusers folder, which StableDiffusionPipeline.from_pretrained reads.
 
@@ -218,7 +187,7 @@ def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path 
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port; 0 takes a free one.")
 @_RECIPE_OPTION
-@_plain_errors
+@plain_errors
 def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) -> None:
     """Serve students over HTTP with the OpenAI Images API until Ctrl-C.
 
@@ -230,19 +199,18 @@ def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) ->
     from fewstep.serving import default_models, served
 
     loaded = _recipe(recipe)
-    try:
-        with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
-            click.echo("Stop with Ctrl-C.")
+    with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
+        click.echo("Stop with Ctrl-C.")
+        with suppress(KeyboardInterrupt):  # the way to stop it, so no error
             server.wait()
-    except KeyboardInterrupt:  # the way to stop it, so no error
-        click.echo("Stopped serving.")
+    click.echo("Stopped serving.")
 
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("students", nargs=-1)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
-@_plain_errors
+@plain_errors
 def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
     """Compare STUDENTS with the teacher of RECIPE and its plain samplers, and write a report with pictures.
 
@@ -262,7 +230,7 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
 
 
 @main.command()
-@_plain_errors
+@plain_errors
 def keys() -> None:
     """List every key of a recipe with its default and meaning (Markdown)."""
     from fewstep.recipe_keys import recipe_keys

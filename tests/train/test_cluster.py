@@ -49,6 +49,8 @@ def test_auto_takes_what_the_cluster_has(
 def test_auto_counts_the_cores_that_a_worker_is_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
     has = {"CPU": 8.0}
     assert group(monkeypatch, has=has, batch=512, num_workers="auto", cpus_per_worker=4) == WorkerGroup(2, 4, False)
+    has = {"CPU": 64.0, "GPU": 8.0}
+    assert group(monkeypatch, has=has, batch=512, num_workers="auto", cpus_per_worker=16) == WorkerGroup(4, 16, True)
 
 
 def test_a_number_is_taken_as_it_is_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,8 @@ def test_errors_of_ray_in_words() -> None:
     assert isinstance(full, StorageError)
     assert "the disk of a worker is full" in str(full)
     assert "s3://b/x/checkpoints" in str(full)
+    snapshot = OSError("When initiating upload for key 'x/checkpoints/checkpoint_manager_snapshot.json': AWS Error 507")
+    assert isinstance(words(ControllerError(snapshot)), StorageError)  # nothing is wrong with the checkpoints
     other_ray = words(ControllerError(ValueError("Failed to initialize the checkpoint manager: other Ray version")))
     assert isinstance(other_ray, CheckpointError)
     assert words(WorkerGroupError("", {0: ZeroDivisionError()})) is None  # a fault of ours keeps its stack

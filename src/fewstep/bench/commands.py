@@ -13,22 +13,12 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from fewstep.errors import FewstepError
+from fewstep.plain_errors import plain_errors
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-class _PlainErrors(click.Group):
-    """Shows errors that a user can mend as one line, with status 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FewstepError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-
-
-@click.group(cls=_PlainErrors)
+@click.group()
 def bench() -> None:
     """Measure training and sampling on this machine, against the bare network calls and the device's own speed."""
 
@@ -84,6 +74,7 @@ def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--dry", is_flag=True, help="Only count the FLOPs of one picture; needs no GPU and no memory.")
 @_speed_options
+@plain_errors
 def train(recipe: Path | None, shape: str | None, dry: bool, as_json: bool, **options: Any) -> None:
     """Measure the training loop with the network of RECIPE, or of --shape sd15.
 
@@ -117,6 +108,7 @@ def train(recipe: Path | None, shape: str | None, dry: bool, as_json: bool, **op
     help="Recipe whose store and MLflow s3:// and models:/ mean.  [default: the embedded ones in $FEWSTEP_HOME]",
 )
 @_speed_options
+@plain_errors
 def sample(model: str | None, shape: str | None, recipe: Path | None, as_json: bool, **options: Any) -> None:
     """Measure sampling with MODEL, a student or a teacher, or with --shape sd15.
 
@@ -145,6 +137,7 @@ def sample(model: str | None, shape: str | None, recipe: Path | None, as_json: b
     show_default=True,
     help="Markdown page with the marks gpu-check: begin and end.",
 )
+@plain_errors
 def table(results: tuple[Path, ...], into: Path) -> None:
     """Write RESULTS, files of what --json printed, as a table into the marked section of a Markdown page."""
     from fewstep.bench.result import read_result, write_benchmarks_table

@@ -91,27 +91,15 @@ def make_sampler(
 
 
 def make_conditions(
-    teacher: TextToImageParts, prompts: Sequence[str], seeds: Sequence[int], settings: EvaluateSettings
+    teacher: TextToImageParts, prompts: Sequence[str], seeds: Sequence[int], *, batch_size: int
 ) -> Conditions:
-    """Return embeddings and starting noise of the first `settings.num_prompts` prompts.
-
-    Raises:
-        DataError: fewer prompts or seeds than that.
-    """
-    count = settings.num_prompts
-    if len(prompts) < count or len(seeds) != len(prompts):
-        raise DataError(
-            f"evaluate.num_prompts={count}, but {len(prompts)} held-out prompts with {len(seeds)} seeds came: "
-            "hold out more concepts, give one seed a prompt, or lower evaluate.num_prompts"
-        )
-    embeddings = torch.cat(
-        [
-            teacher.encode_prompts(list(prompts[start : min(start + settings.batch_size, count)])).cpu()
-            for start in range(0, count, settings.batch_size)
-        ]
-    )
-    noise = initial_noise(seeds[:count], teacher.latent_shape)
-    return Conditions(embeddings, teacher.encode_prompts([""]).cpu(), noise)
+    """Return embeddings and starting noise of prompts, one seed each."""
+    embeddings = [
+        teacher.encode_prompts(list(prompts[start : start + batch_size])).cpu()
+        for start in range(0, len(prompts), batch_size)
+    ]
+    noise = initial_noise(seeds, teacher.latent_shape)
+    return Conditions(torch.cat(embeddings), teacher.encode_prompts([""]).cpu(), noise)
 
 
 def compare(
@@ -148,13 +136,18 @@ def compare(
     check_pictures(real_images)
     if real_images.shape[0] < 40:
         raise DataError(f"{real_images.shape[0]} real pictures came; the real-against-real floor needs at least 40")
+    if len(prompts) < settings.num_prompts or len(seeds) != len(prompts):
+        raise DataError(
+            f"evaluate.num_prompts={settings.num_prompts}, but {len(prompts)} held-out prompts with {len(seeds)} seeds "
+            "came: hold out more concepts, give one seed a prompt, or lower evaluate.num_prompts"
+        )
     extractor = image_features or Lite0Features(num_threads=settings.num_threads)
     sampler = make_sampler(teacher, students, settings)
-    conditions = make_conditions(teacher, prompts, seeds, settings)
+    count, batch_size = settings.num_prompts, settings.batch_size
+    conditions = make_conditions(teacher, prompts[:count], seeds[:count], batch_size=batch_size)
     shown = None
     if settings.show:
-        of_shown = settings.model_copy(update={"num_prompts": len(settings.show)})
-        shown = make_conditions(teacher, settings.show, range(len(settings.show)), of_shown)
+        shown = make_conditions(teacher, settings.show, range(len(settings.show)), batch_size=batch_size)
     specs = row_specs(settings)
     report_progress = progress or (lambda message, done, total: None)
 

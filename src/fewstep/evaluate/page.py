@@ -102,7 +102,7 @@ def _pictures_text(report: Report) -> str:
     if not shown:
         return f"{_PICTURES_TEXT} The prompts were held out from training."
     own = "first prompt was" if shown == 1 else f"first {shown} prompts were"
-    return f"{_PICTURES_TEXT} The {own} chosen to be shown and no figure counts them; the others were held out."
+    return f"{_PICTURES_TEXT} The {own} chosen to be shown and no figure counts them; any others were held out."
 
 
 def _summary(report: Report) -> str:
@@ -214,7 +214,7 @@ def _goals_table(report: Report) -> str:
         value = _with_interval(clock.ratio, clock.ratio_ci, "{:.1f}")
         rows.append(("", [name, value, f"≥ {clock.goal:g}", _verdict(clock.met)]))
     if report.stage_one_relative_error is not None:
-        name = "stage one, before any halving: relative error of v against the guided pair, held-out prompts"
+        name = "stage one, before any halving: relative error of v against the guided pair, held-out prompts (a short demo: 10 %)"
         met = report.stage_one_relative_error <= STAGE_ONE_GOAL
         rows.append(("", [name, f"{report.stage_one_relative_error:.1%}", f"≤ {STAGE_ONE_GOAL:.0%}", _verdict(met)]))
     return _table(["student's steps: what", "value", "goal", ""], rows)

@@ -150,7 +150,7 @@ def evaluate_row(
     settings: EvaluateSettings,
     shown: Conditions | None = None,
 ) -> RowOutcome:
-    """Sample one row and return its figures; the unit that a cluster task computes.
+    """Sample one row and return its figures.
 
     Args:
         spec: the method and its steps.

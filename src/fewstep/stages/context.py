@@ -49,16 +49,18 @@ class Artifact:
     finished: str = ""
 
     def models(self) -> dict[str, str]:
-        """Return the MODEL URIs of what was trained, by a label for people; empty for stages that train nothing."""
-        students = {
-            f"student, {steps} step{'' if steps == '1' else 's'}": each["uri"]
-            for steps, each in sorted(self.facts.get("students", {}).items(), key=lambda item: -int(item[0]))
-        }
+        """Return the MODEL URIs of what the stage made, by a label for people; empty for stages that make no model."""
         if "network" in self.facts:
             return {"teacher": join(self.uri, "export")}
-        if "relative_error" in self.facts:
+        if "training" in self.facts:
             return {"stage one": self.facts["training"]["export_uri"]}
-        return students
+        if "models" in self.facts:
+            return {
+                f"{name}, {each['alias']}": f"models:/{name}/{each['version']}"
+                for name, each in self.facts["models"].items()
+            }
+        students = sorted(self.facts.get("students", {}).items(), key=lambda item: -int(item[0]))
+        return {f"student, {steps} step{'' if steps == '1' else 's'}": each["uri"] for steps, each in students}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ _SAVE_EVERY_S = 20.0
 #: Growth that is worth a closer look. Asking for the shared share makes the system walk through all pages of a process:
 #: tens of milliseconds for a training worker, which cannot map memory meanwhile.
 _GROWTH = 1.01
+#: A look in any case: processes that end take shared pages with them and hide the growth of others.
+_LOOK_EVERY_S = 20.0
 
 
 class Usage:
@@ -54,12 +56,12 @@ class Usage:
 
     def _watch(self) -> None:
         saved = time.monotonic()
-        looked_at = 0
+        looked_at, looked = 0, saved
         while True:
             processes = _tree()
             resident = sum(_resident_bytes(process) for process in processes)
-            if resident > _GROWTH * looked_at:
-                looked_at = resident
+            if resident > _GROWTH * looked_at or time.monotonic() - looked >= _LOOK_EVERY_S:
+                looked_at, looked = resident, time.monotonic()
                 self.peak_memory_bytes = max(self.peak_memory_bytes, sum(_own_bytes(each) for each in processes))
             if self._save is not None and time.monotonic() - saved >= _SAVE_EVERY_S:
                 saved = time.monotonic()

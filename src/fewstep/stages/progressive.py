@@ -17,8 +17,9 @@ from fewstep.stages.device import driver_device
 from fewstep.stages.guidance import TeacherSource, export_student, held_out_samples
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.lineage import lineage
 from fewstep.train.job import TrainJob
-from fewstep.train.run import finished_result, run_training
+from fewstep.train.run import finished_result, run_training, trained_by
 
 _GRID_PROMPTS = 16
 
@@ -64,6 +65,7 @@ def progressive(context: StageContext) -> dict[str, Any]:
             settings=train,
             seed=recipe.seed + steps,
             num_streams=recipe.stream.num_streams,
+            tags=lineage(),
         )
         uri = join(storage.root, "students", f"{name.replace(' ', '-')}-{info.fingerprint[:16]}")
         with context.tracker.run(
@@ -76,7 +78,12 @@ def progressive(context: StageContext) -> dict[str, Any]:
             run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)
             run.log_image(_grid(context, result.export_uri, steps), f"samples_{steps}", step=result.updates)
         before, seconds = result.export_uri, seconds + result.seconds
-        students[str(steps)] = {"uri": result.export_uri, "training": result.to_json(), "fingerprint": info.fingerprint}
+        students[str(steps)] = {
+            "uri": result.export_uri,
+            "training": result.to_json(),
+            "fingerprint": info.fingerprint,
+            "code": trained_by(storage=storage, uri=uri),
+        }
     return {"students": students, "training_seconds": seconds, "reused": reused}
 
 

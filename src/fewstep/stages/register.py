@@ -57,6 +57,7 @@ def register(context: StageContext) -> dict[str, Any]:
                     "evaluation": fingerprint(recipe, "evaluate"),
                 },
                 metrics=metrics,
+                code=trained[str(steps)].get("code"),
             )
         decision = decide(report, num_inference_steps=steps, settings=settings.gate)
         alias = registry.promote(name, version, passed=decision.passed, reason="; ".join(decision.reasons))

@@ -118,13 +118,10 @@ def _store_init(context: StageContext, settings: TeacherStage, begin: str) -> No
     if is_stored(begin, context.storage):
         return
     assert settings.init is not None
-    init = context.fetch(settings.init)
-    parts = load_parts(init)  # an incomplete model is told now, not by a worker
-    if not settings.add_pooled_text:
-        store_once(init, begin, context.storage)
-        return
-    torch.manual_seed(context.recipe.seed)
-    parts.unet = add_pooled_text(parts.unet, num_heads=settings.network.num_attention_heads)
+    parts = load_parts(context.fetch(settings.init))  # an incomplete model is told now, not by a worker
+    if settings.add_pooled_text:
+        torch.manual_seed(context.recipe.seed)
+        parts.unet = add_pooled_text(parts.unet, num_heads=settings.network.num_attention_heads)
     with tempfile.TemporaryDirectory() as folder:
         parts.save(folder)
         store_once(Path(folder), begin, context.storage)

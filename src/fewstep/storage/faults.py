@@ -210,7 +210,7 @@ def disk_error(error: BaseException, *, what: str, folders: Sequence[Path]) -> S
     path = Path(named) if isinstance(named, (str, os.PathLike)) else None
     if is_full(error):
         if path is not None:
-            return full_error(what=f"write {path}", place="disk", folder=path)
+            return full_error(what=f"{what}: write {path}", place="disk", folder=path)
         full = [folder for folder in folders if _free_bytes(folder) < _LITTLE_ROOM_BYTES] or folders
         room = ", ".join(f"{folder} has {_free_bytes(folder) / 1e6:.0f} MB free" for folder in full)
         return StorageError(f"{what}: the disk is full ({_short(error)}): {room}. Free some and run again.")
@@ -221,7 +221,7 @@ def disk_error(error: BaseException, *, what: str, folders: Sequence[Path]) -> S
             f"{what}: {path} cannot be used: {error.strerror}. Give this user the right to it, or name another place."
         )
     # Something that is there already can be a fault of ours, except where a file was named for a folder.
-    if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and path in folders):
+    if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and path in folders and not path.is_dir()):
         return StorageError(f"{what}: {path} cannot be made: a file is where a folder is needed. Name another place.")
     return None
 

@@ -75,13 +75,14 @@ class Registry:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         metrics: Mapping[str, float],
+        code: Mapping[str, str] | None = None,
     ) -> int:
         """Stores a student's diffusers folder as a logged model of `run` and registers it; the version number.
 
         `tags` must have num_inference_steps, teacher, data_digest and fingerprint; they, and the code's lineage, are
         put on the model and on the version as ``fewstep.TAG``. A fingerprint that is registered already for these steps
         gives its version, with these tags and metrics brought up to date and the lineage that it had, and nothing is
-        stored again.
+        stored again. `code` is the lineage of the process that trained it; without it this one's counts.
         """
         from mlflow.entities import LoggedModelOutput, Metric
 
@@ -99,7 +100,7 @@ class Registry:
                 # Without the lineage of this process: other code may be running now, and it did not make the weights.
                 self._refresh(run, name, known, own_tags, metrics)
                 return known
-            all_tags = {**lineage(), **own_tags}
+            all_tags = {**(code or lineage()), **own_tags}
             model = self._client.create_logged_model(
                 self._tracker.experiment_id, name=name, source_run_id=run.id, tags=all_tags, params=flatten(params),
                 model_type="diffusers",

@@ -140,7 +140,9 @@ class WorkerGroup:
     use_gpu: bool
 
 
-def worker_group(settings: ClusterSettings, *, global_batch_size: int, num_streams: int | None = None) -> WorkerGroup:
+def worker_group(
+    settings: ClusterSettings, *, global_batch_size: int, num_streams: int | None = None, what: str = "training"
+) -> WorkerGroup:
     """Return the workers of a training on the connected cluster.
 
     `num_workers: auto` takes one worker for each GPU; on CPUs one for each core rather than one with many threads: two
@@ -151,6 +153,7 @@ def worker_group(settings: ClusterSettings, *, global_batch_size: int, num_strea
         settings: what the recipe says.
         global_batch_size: rows of an update, shared equally by the workers.
         num_streams: canonical streams of the data, likewise; None: any number of workers can read it.
+        what: name of the training, for messages.
 
     Raises:
         FewstepError: the workers do not fit into a cluster that cannot grow, or cannot share the batch equally.
@@ -162,13 +165,13 @@ def worker_group(settings: ClusterSettings, *, global_batch_size: int, num_strea
         num_workers = settings.num_workers
     else:
         cores = cluster_cpus // (settings.cpus_per_worker or 1)
-        most = cluster_gpus if use_gpu else min(cores, global_batch_size // _MIN_ROWS_PER_CPU_WORKER)
+        most = min(cores, cluster_gpus if use_gpu else global_batch_size // _MIN_ROWS_PER_CPU_WORKER)
         shared = math.gcd(global_batch_size, num_streams or global_batch_size)
         num_workers = max(number for number in range(1, max(1, most) + 1) if shared % number == 0)
     if global_batch_size % num_workers:
         raise FewstepError(
-            f"global_batch_size={global_batch_size} cannot be shared equally by cluster.num_workers={num_workers}; "
-            "take a multiple"
+            f"{what}: global_batch_size={global_batch_size} cannot be shared equally by "
+            f"cluster.num_workers={num_workers}; take a multiple"
         )
     cpus = settings.cpus_per_worker or max(1, cluster_cpus // num_workers)
     if settings.address is None and "RAY_ADDRESS" not in os.environ:

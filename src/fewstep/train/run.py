@@ -97,6 +97,12 @@ def finished_result(job: TrainJob, *, storage: Storage, uri: str) -> TrainResult
     return TrainResult.from_json(stored.get("result", {}), uri=result_uri)
 
 
+def trained_by(*, storage: Storage, uri: str) -> dict[str, str]:
+    """Return the tags of the job whose result lies under `uri`: those of the process that trained it."""
+    tags: dict[str, str] = storage.read_json(join(uri, RESULT_NAME)).get("tags", {})
+    return tags
+
+
 def _trainer(
     job: TrainJob,
     *,
@@ -106,7 +112,9 @@ def _trainer(
     tracker: TrackerHandle | None,
     board: Any,
 ) -> TorchTrainer:
-    group = worker_group(cluster, global_batch_size=job.settings.global_batch_size, num_streams=job.num_streams)
+    group = worker_group(
+        cluster, global_batch_size=job.settings.global_batch_size, num_streams=job.num_streams, what=job.name
+    )
     filesystem, root_path = storage.arrow_filesystem()
     task = WorkerTask(job=job, storage=storage, uri=uri, tracker=tracker)
     resources = {"CPU": float(group.cpus)} | ({"GPU": 1.0} if group.use_gpu else {})
@@ -188,14 +196,11 @@ def _fit(trainer: TorchTrainer, job: TrainJob, *, board: Any, uri: str, cluster:
 def _in_words(error: Exception, job: TrainJob, *, uri: str, cluster: ClusterSettings) -> FewstepError | None:
     """Return the error that a user can act on, or None for a fault of ours, whose stack must be seen."""
     checkpoints = join(uri, "checkpoints")
-    if isinstance(error, ControllerError) and "checkpoint" in str(error).lower():
-        return CheckpointError(
-            f"{job.name}: the checkpoints in {checkpoints} cannot be used: {_last_line(error)}. "
-            f"Remove {checkpoints} to train from the start"
-        )
-    if not isinstance(error, WorkerGroupError):
-        return None
-    failures = list(error.worker_failures.values())
+    failures: list[Exception] = []
+    if isinstance(error, ControllerError):
+        failures = [error.controller_failure]  # the controller writes its list of checkpoints into the store
+    elif isinstance(error, WorkerGroupError):
+        failures = list(error.worker_failures.values())
     for failure in failures:
         if isinstance(failure, FewstepError):
             return failure
@@ -209,7 +214,7 @@ def _in_words(error: Exception, job: TrainJob, *, uri: str, cluster: ClusterSett
                 f"The last checkpoint is in {checkpoints}; the same command goes on from there"
             )
     for failure in failures:
-        if isinstance(failure, OSError) and "AWS Error" in str(failure):
+        if "AWS Error" in str(failure):
             return StorageError(
                 f"{job.name}: a checkpoint could not be stored in {checkpoints}: {_last_line(failure)}. "
                 "Check that the store answers and has room; the same command goes on from the last checkpoint"
@@ -219,6 +224,11 @@ def _in_words(error: Exception, job: TrainJob, *, uri: str, cluster: ClusterSett
                 f"{job.name}: the disk of a worker is full ({_last_line(failure)}). Free some, in TMPDIR, in /tmp/ray "
                 f"or in /dev/shm; the same command goes on from the last checkpoint, in {checkpoints}"
             )
+    if isinstance(error, ControllerError) and "checkpoint" in str(error).lower():
+        return CheckpointError(
+            f"{job.name}: the checkpoints in {checkpoints} cannot be used: {_last_line(error)}. "
+            f"Remove {checkpoints} to train from the start"
+        )
     return None
 
 

@@ -214,7 +214,7 @@ def _goals_table(report: Report) -> str:
         value = _with_interval(clock.ratio, clock.ratio_ci, "{:.1f}")
         rows.append(("", [name, value, f"≥ {clock.goal:g}", _verdict(clock.met)]))
     if report.stage_one_relative_error is not None:
-        name = "stage one, before any halving: relative error of v against the guided pair, held-out prompts (a short demo: 10 %)"
+        name = "stage one: relative error of v against the guided pair, held-out prompts (in a short demo ≤ 10 %)"
         met = report.stage_one_relative_error <= STAGE_ONE_GOAL
         rows.append(("", [name, f"{report.stage_one_relative_error:.1%}", f"≤ {STAGE_ONE_GOAL:.0%}", _verdict(met)]))
     return _table(["student's steps: what", "value", "goal", ""], rows)

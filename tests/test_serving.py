@@ -33,7 +33,16 @@ def test_shipped_students_come_in_their_order(empty_home: Path) -> None:
     assert serving.default_models() == ("asset:emoji-student-4", "asset:emoji-student-1")
 
 
-def test_the_demos_champion_comes_before_the_shipped_ones(empty_home: Path, storage: Storage) -> None:
+@pytest.mark.parametrize(
+    ("passed", "served"),
+    [
+        (True, ("models:/fewstep-demo@champion", "models:/fewstep-demo-2@champion")),
+        (False, ("asset:emoji-student-4",)),
+    ],
+)
+def test_the_demos_champion_comes_before_the_shipped_ones(
+    empty_home: Path, storage: Storage, passed: bool, served: tuple[str, ...]
+) -> None:
     (empty_home / "assets" / "emoji-student-4").mkdir(parents=True)
     folder = empty_home / "student"
     folder.mkdir()
@@ -42,13 +51,13 @@ def test_the_demos_champion_comes_before_the_shipped_ones(empty_home: Path, stor
     registry = Registry(tracker)
     tags = {"teacher": "t", "data_digest": "d", "fingerprint": "f"}
     with tracker.run("r", key="r") as run:
-        for name, steps, passed in (
-            ("fewstep-demo", 4, True),
+        for name, steps, good in (
+            ("fewstep-demo", 4, passed),
             ("fewstep-demo-2", 2, True),
             ("fewstep-demo-1", 1, False),
         ):
             version = registry.log_student(
                 run, folder, name=name, params={}, tags={**tags, "num_inference_steps": str(steps)}, metrics={}
             )
-            registry.promote(name, version, passed=passed, reason="test")
-    assert serving.default_models() == ("models:/fewstep-demo@champion", "models:/fewstep-demo-2@champion")
+            registry.promote(name, version, passed=good, reason="test")
+    assert serving.default_models() == served

@@ -37,7 +37,9 @@ def default_models(recipe: Recipe | None = None) -> tuple[str, ...]:
     registry = Registry(Tracker.open(tracking))
     names = [name, *sorted(other for other in registry.names() if other.startswith(f"{name}-"))]
     champions = [f"models:/{each}@champion" for each in names if registry.get_champion(each) is not None]
-    return tuple(champions) or _shipped_students()
+    # The demo's short training may leave only a sibling good enough: then the shipped students show more.
+    of_the_demo = recipe is None and f"models:/{name}@champion" not in champions
+    return _shipped_students() if of_the_demo or not champions else tuple(champions)
 
 
 def _shipped_students() -> tuple[str, ...]:

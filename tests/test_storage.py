@@ -164,9 +164,9 @@ def test_a_path_that_may_not_be_used_is_said(tmp_path: Path) -> None:
             path.mkdir()
         said = disk_error(caught.value, what="sample", folders=[path])
         assert str(said) == f"sample: {path} cannot be made: a file is where a folder is needed. Name another place."
-    refused = PermissionError(errno.EACCES, "Permission denied", "/root/x")  # never raised for root, who may do all
+    refused = PermissionError(errno.EACCES, "Permission denied", "/srv/x")  # never raised for root, who may do all
     said = disk_error(refused, what="sample", folders=[])
-    assert "sample: /root/x cannot be used: Permission denied. Give this user the right" in str(said)
+    assert "sample: /srv/x cannot be used: Permission denied. Give this user the right" in str(said)
     with pytest.raises(FileExistsError) as ours:
         tmp_path.mkdir()
     assert disk_error(ours.value, what="sample", folders=[]) is None  # a fault of ours keeps its stack

@@ -14,6 +14,8 @@ from fewstep.demo import run_demo
 from fewstep.errors import RecipeError
 from tiny import tiny_recipe, tiny_teacher_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_demo_ends_with_a_picture_and_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

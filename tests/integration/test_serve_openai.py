@@ -29,6 +29,8 @@ from tiny import tiny_student_folder
 
 MAX_BATCH = 4
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(ray_cluster: Any, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:

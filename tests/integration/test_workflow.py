@@ -36,7 +36,7 @@ from fewstep.workflow import run_stage, run_workflow
 from fewstep.workplace import Workplace
 from tiny import tiny_recipe, tiny_teacher_folder
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,12 @@ def test_version_keeps_the_code_that_it_was_registered_by(
     assert registry.get("models:/code/1").tags == {**first, "fewstep.evaluation": "e2"}
     assert _register(tracker, student, "code", fingerprint="f2") == 2
     assert registry.get("models:/code/2").tags["fewstep.git_commit"] == "b"
+    with tracker.run("register", key="register-code") as run:
+        trained_by = {"fewstep.git_commit": "a"}  # weights of before, registered anew by other code
+        third = registry.log_student(
+            run, student, name="code", params={}, tags=_tags(fingerprint="f3"), metrics={}, code=trained_by
+        )
+    assert registry.get(f"models:/code/{third}").tags["fewstep.git_commit"] == "a"
 
 
 def test_champion_changes_only_through_the_gate(tracker: Tracker, student: Path):

@@ -131,6 +131,8 @@ def test_registered_students_name_what_made_them(
     artifacts: dict[Any, Artifact], workplace: Workplace, teacher: Path
 ) -> None:
     encoded = artifacts["encode"].facts
+    for student in artifacts["progressive"].facts["students"].values():
+        assert student["code"]["fewstep.git_commit"] == "first-commit", "said by the training, for whoever registers"
     for name, facts in artifacts["register"].facts["models"].items():
         tags = Registry(workplace.tracker).get(f"models:/{name}/{facts['version']}").tags
         assert tags["fewstep.git_commit"] == "first-commit"

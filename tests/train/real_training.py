@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from toy_training import STREAMS, export
 
 from fewstep.diffusion import NoiseSchedule
 from fewstep.distill import DenoisingObjective, GuidanceObjective, ProgressiveObjective
@@ -20,7 +20,6 @@ from fewstep.train.job import TrainJob
 from fewstep.train.settings import TrainSettings
 
 Kind = Literal["denoising", "guidance", "progressive"]
-STREAMS = 4
 
 
 def objective(kind: Kind, folder: str, device: torch.device) -> Objective:
@@ -70,10 +69,6 @@ class LatentBatches:
             }
             state = {"streams": {str(s): [0, self._position] for s in self._own}}
             yield SimpleNamespace(data=data, rows=rows, state=state, counts={})
-
-
-def export(network: nn.Module, folder: str) -> None:
-    torch.save(network.state_dict(), Path(folder, "weights.pt"))
 
 
 def real_job(kind: Kind, folder: Path, *, updates: int = 20) -> TrainJob:

@@ -29,7 +29,8 @@ section{background:var(--paper);border:1px solid var(--line);border-radius:12px;
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th{font-weight:600;text-align:right;color:var(--soft);vertical-align:bottom;font-size:13px}
 td,th{padding:7px 10px;border-bottom:1px solid var(--line);white-space:nowrap}td{text-align:right}
-td:first-child,th:first-child{text-align:left}tr.student td{background:#eef5ff}tr.first td{border-top:2px solid #cbd2dc}
+td:first-child,th:first-child{text-align:left}td:first-child{white-space:normal;min-width:11em}
+td .soft{white-space:normal}tr.student td{background:#eef5ff}tr.first td{border-top:2px solid #cbd2dc}
 .good{color:var(--good);font-weight:600}.bad{color:var(--bad);font-weight:600}
 img.grid{max-width:100%;height:auto;display:block;image-rendering:auto}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 18px;margin:0;font-size:14px}

@@ -48,8 +48,14 @@ install-dev: $(VENV)/.installed-dev ## The same, and what the tests need
 demo: install ## Run the main job from end to end on this machine (at most 15 minutes on 2 cores)
 	$(FEWSTEP) demo
 
+# Two processes of one thread each: one has the tests that share a Ray, the other all that need none.
 test: lint types contracts ## Run every check and every test that needs no GPU
-	$(BIN)/python -m pytest
+	@export OMP_NUM_THREADS=1; mkdir -p runs; \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/integration > runs/test-integration.log 2>&1 & \
+	  others=0; $(BIN)/python -m pytest --ignore=tests/integration || others=$$?; \
+	  integration=0; wait $$! || integration=$$?; \
+	  cat runs/test-integration.log; \
+	  exit $$((others > integration ? others : integration))
 
 lint: install-dev ## Check style and format (ruff)
 	$(BIN)/ruff check src tests

@@ -69,7 +69,7 @@ def test_updates_of_single_rungs() -> None:
         ),
         ({"register__gate__kid": 1}, ["register.gate.kid: unknown key", "max_kid_ratio"]),
         ({"register_": {}}, ["register_: unknown key", "register"]),
-        ({"progressive__ladder": [8, 4, 1]}, ["ladder[2]=1 is not half of 4: write 2 there"]),
+        ({"progressive__ladder": [8, 3, 1]}, ["ladder[1]=3 is not a divisor below 8", "write 4 there"]),
         ({"progressive__ladder": []}, ["the ladder is empty"]),
         ({"progressive__updates": {8: 5}}, ["updates names the step counts [8]", "not in the ladder [4, 2, 1]"]),
         ({"progressive__updates": {1: 0}}, ["progressive.updates.1=0", "greater than 0"]),

@@ -11,7 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from fewstep.data.emoji import EmojiSettings
+from fewstep.data.masks import MaskSettings
 from fewstep.data.stream import StreamSettings
+from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill.settings import GuidanceSettings, ProgressiveSettings
 from fewstep.distill.weights import LossWeight
 from fewstep.errors import RecipeError
@@ -22,7 +24,7 @@ from fewstep.storage import StorageSettings
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.settings import ClusterSettings, TrainSettings
 
-StageName = Literal["prepare", "teacher", "encode", "guidance", "progressive", "evaluate", "register"]
+StageName = Literal["prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register"]
 
 
 class _Settings(BaseModel):
@@ -41,6 +43,23 @@ class EncodeSettings(_Settings):
     """How pictures and captions become latents and text embeddings."""
 
     batch_size: int = Field(64, ge=1, description="pictures encoded at once")
+    masks: MaskSettings = Field(
+        default_factory=MaskSettings, description="for inpainting teachers: how the mask of each picture is drawn"
+    )
+
+
+class ConvertStage(_Settings):
+    """Fine-tuning a teacher to another prediction type, before it is distilled."""
+
+    prediction_type: PredictionType = Field(
+        "v_prediction", description="what the teacher shall output: v_prediction, epsilon or sample"
+    )
+    rescale_betas_zero_snr: bool | None = Field(
+        None, description="rescale its noise schedule to zero terminal SNR (true), or not; null: leave it as it is"
+    )
+    train: TrainSettings = Field(description="the fine-tuning")
+    condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows trained without their condition")
+    loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
 
 
 class TeacherStage(_Settings):
@@ -142,6 +161,7 @@ class Recipe(_Settings):
     prepare: EmojiSettings | None = Field(None, description="the emoji set")
     train_teacher: TeacherStage | None = Field(None, description="settings of the teacher stage")
     encode: EncodeSettings = Field(default_factory=EncodeSettings, description="settings of the encode stage")
+    convert: ConvertStage | None = Field(None, description="settings of the convert stage")
     guidance: GuidanceStage | None = Field(None, description="settings of stage one")
     progressive: ProgressiveStage | None = Field(None, description="settings of stage two")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="settings of the evaluation")
@@ -152,7 +172,13 @@ class Recipe(_Settings):
         order = [name for name in get_args(StageName) if name in self.stages]
         if list(self.stages) != order:
             raise ValueError(f"stages {list(self.stages)} are out of order or doubled; the order is {order}")
-        needs = {"prepare": "prepare", "teacher": "train_teacher", "guidance": "guidance", "progressive": "progressive"}
+        needs = {
+            "prepare": "prepare",
+            "teacher": "train_teacher",
+            "convert": "convert",
+            "guidance": "guidance",
+            "progressive": "progressive",
+        }
         for stage, key in needs.items():
             if stage in self.stages and getattr(self, key) is None:
                 raise ValueError(
@@ -171,11 +197,13 @@ class Recipe(_Settings):
                 f"teacher is {self.teacher!r} and stages has teacher: drop one, it is either named or trained"
             )
         scale = self.evaluate.guidance_scale
-        if self.guidance is not None and not self.guidance.w_min <= scale - 1 <= self.guidance.w_max:
-            raise ValueError(
-                f"evaluate.guidance_scale={scale:g} is w={scale - 1:g}, outside the trained range "
-                f"{self.guidance.w_min:g} … {self.guidance.w_max:g}: change it, or guidance.w_min and w_max"
-            )
+        if self.guidance is not None:
+            low, high = self.guidance.weights
+            if not low <= scale - 1 <= high:
+                raise ValueError(
+                    f"evaluate.guidance_scale={scale:g} is w={scale - 1:g}, outside the trained range "
+                    f"{low:g} … {high:g}: change it, or guidance.w_min and w_max"
+                )
         if self.progressive is not None and "register" in self.stages:
             wanted = self.register_.num_inference_steps
             if wanted not in self.progressive.ladder:
@@ -202,6 +230,7 @@ class Recipe(_Settings):
                 f"many streams; set num_streams to {workers * max(1, round(streams / workers))}"
             )
         trainings = {
+            "convert.train": self.convert and self.convert.train,
             "guidance.train": self.guidance and self.guidance.train,
             "progressive.train": self.progressive and self.progressive.train,
             "train_teacher.train": self.train_teacher and self.train_teacher.train,

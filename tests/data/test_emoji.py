@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fewstep.data.emoji import STYLES, EmojiSettings, concepts, draw_emoji, emoji_samples
+from fewstep.data.emoji import STYLES, EmojiSettings, class_names, concepts, draw_emoji, emoji_samples
 from fewstep.data.emoji.drawing import has_drawing
 from fewstep.data.emoji.scenes import random_scene
-from fewstep.data.pictures import decode_picture
+from fewstep.data.pictures import decode_class_picture, decode_picture
 from fewstep.errors import DataError
 
 SETTINGS = EmojiSettings(resolution=32, num_train=400, num_evaluate=80, num_alignment=60)
@@ -160,6 +160,31 @@ def test_most_concepts_are_drawn_in_both_styles() -> None:
     assert min(drawn.values()) > 0.95 * len(concepts())
 
 
+def test_without_classes_no_sample_has_one(train: list[dict[str, Any]]) -> None:
+    assert all(set(sample) == {"__key__", "png", "txt", "json"} for sample in train)
+    assert all(not {"label", "name"} & set(record) for record in _records(train))
+
+
+@pytest.mark.parametrize("split", ["train", "evaluate", "alignment"])
+def test_with_classes_every_scene_is_one_emoji_with_its_category(split: Any) -> None:
+    chosen = ("objects", "food-and-drink", "animals-and-nature", "food-and-drink")
+    settings = SETTINGS.model_copy(update={"classes": True, "categories": chosen, "num_train": 120})
+    names = class_names(settings)
+    assert names == ("animals-and-nature", "food-and-drink", "objects")
+    category_of = {concept.code: concept.category for concept in concepts()}
+    labels = Counter[int]()
+    for sample in emoji_samples(settings, split):
+        record = json.loads(sample["json"])
+        label = decode_class_picture(sample, resolution=32, channels=3, num_classes=3)["label"]
+        (code,) = record["codes"]
+        assert names[int(label)] == category_of[code] == record["name"]
+        assert sample["cls"].decode() == str(record["label"]) == str(int(label))
+        assert decode_picture(sample, resolution=32)["caption"] == record["caption"]
+        labels[int(label)] += 1
+    assert set(labels) == {0, 1, 2}
+    assert min(labels.values()) >= 5
+
+
 def test_faults_are_said_in_words() -> None:
     with pytest.raises(DataError, match="style 'noto' is unknown; there are twemoji, openmoji"):
         draw_emoji("1f34e", "noto")
@@ -167,3 +192,9 @@ def test_faults_are_said_in_words() -> None:
         draw_emoji("ffff", "twemoji")
     with pytest.raises(DataError, match=r"no emoji is in the categories \['cars'\]; known ones are"):
         concepts(categories=("cars",))
+    with pytest.raises(DataError, match=r"no emoji is in the categories \['flags'\]; known ones are"):
+        concepts(categories=("objects", "flags"))
+    with pytest.raises(DataError, match="name at least one of"):
+        concepts(categories=())
+    with pytest.raises(DataError, match="has no classes under these settings: set `classes: true`"):
+        class_names(SETTINGS)

@@ -8,19 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.data.latents import LATENTS_MEMBER, TEXT_MEMBER, decode_latents, latent_sample
+from fewstep.data.latents import LATENTS_MEMBER, condition_member, decode_latents, latent_sample
 from fewstep.data.source import BadSampleError
+
+TEXT_MEMBER = condition_member("text")
 
 
 @pytest.fixture
 def sample() -> dict[str, Any]:
     torch.manual_seed(0)
-    return latent_sample("k1", "ein Bär", torch.randn(4, 2, 2), torch.rand(4, 2, 2), torch.randn(5, 3))
+    return latent_sample("k1", "ein Bär", torch.randn(4, 2, 2), torch.rand(4, 2, 2), {"text": torch.randn(5, 3)})
 
 
 def test_what_is_written_is_read_in_half_precision() -> None:
     mean, std, text = torch.randn(4, 2, 3), torch.rand(4, 2, 3), torch.randn(5, 3)
-    decoded = decode_latents(latent_sample("k1", "ein Bär", mean, std, text))
+    decoded = decode_latents(latent_sample("k1", "ein Bär", mean, std, {"text": text}))
     for name, value in (("latent_mean", mean), ("latent_std", std), ("text", text)):
         assert torch.equal(decoded[name], value.half())
     assert decoded["caption"] == "ein Bär"
@@ -32,6 +34,15 @@ def test_key_and_caption_are_in_the_record(sample: dict[str, Any]) -> None:
     assert json.loads(sample["json"]) == {"key": "k1", "caption": "ein Bär"}
 
 
+def test_every_part_of_a_condition_is_kept_and_whole_numbers_stay_whole() -> None:
+    condition = {"pooled": torch.randn(6), "label": torch.tensor(70_001), "mask": torch.ones(1, 2, 2, dtype=torch.bool)}
+    sample = latent_sample("k1", "", torch.zeros(4, 2, 2), torch.ones(4, 2, 2), condition)
+    decoded = decode_latents(sample, condition_names=("pooled", "label", "mask"))
+    assert torch.equal(decoded["pooled"], condition["pooled"].half())
+    assert torch.equal(decoded["label"], condition["label"])
+    assert torch.equal(decoded["mask"], condition["mask"])
+
+
 def test_with_a_tokenizer_there_are_token_ids_and_no_text() -> None:
     sample = latent_sample("k1", "a cat", torch.zeros(4, 2, 2), torch.ones(4, 2, 2), None)
     assert TEXT_MEMBER not in sample
@@ -41,7 +52,7 @@ def test_with_a_tokenizer_there_are_token_ids_and_no_text() -> None:
         asked.append(prompts)
         return torch.tensor([[1, 2, 3]])
 
-    decoded = decode_latents(sample, token_ids=token_ids)
+    decoded = decode_latents(sample, condition_names=(), token_ids={"token_ids": token_ids})
     assert asked == [["a cat"]]
     assert decoded["token_ids"].tolist() == [1, 2, 3]
     assert "text" not in decoded

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data.pictures import decode_picture
+from fewstep.data.pictures import decode_class_picture, decode_picture
 from fewstep.data.source import BadSampleError
+from fewstep.errors import DataError
 
 
 def _sample(picture: Image.Image, *, kind: str = "png", caption: bytes = b"a cat", **save: Any) -> dict[str, Any]:
@@ -154,3 +155,78 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_captions_with_broken_bytes_are_kept() -> None:
     decoded = decode_picture(_sample(_halves(), caption=b" caf\xe9 \xe2\x98\x95 "), resolution=8)
     assert decoded["caption"] == "caf\ufffd ☕"
+
+
+def _class_sample(cls: bytes | None = b"3", picture: Image.Image | None = None, **save: Any) -> dict[str, Any]:
+    """As in the webdatasets of ImageNet and CIFAR-10: a picture and its class, no caption."""
+    sample = _sample(picture or _halves(), **save)
+    del sample["txt"]
+    return sample if cls is None else {**sample, "cls": cls}
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "jpeg", "webp"])
+def test_a_picture_with_a_class_needs_no_caption(kind: str) -> None:
+    sample = _class_sample(picture=_halves(size=(32, 32)), kind=kind)
+    decoded = decode_class_picture(sample, resolution=16, channels=3, num_classes=10)
+    assert set(decoded) == {"key", "label", "pixels"}
+    assert decoded["key"] == "7"
+    assert (decoded["label"].dtype, decoded["label"].shape, int(decoded["label"])) == (torch.int64, (), 3)
+    assert (decoded["pixels"].dtype, decoded["pixels"].shape) == (torch.uint8, (3, 16, 16))
+    assert torch.equal(decoded["pixels"], decode_picture({**sample, "txt": b"halves"}, resolution=16)["pixels"]), (
+        "a picture with a class is treated otherwise than one with a caption"
+    )
+
+
+def test_one_channel_is_grey() -> None:
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
+    pixels = decode_class_picture(_class_sample(picture=grey), resolution=8, channels=1, num_classes=10)["pixels"]
+    assert torch.equal(pixels, torch.from_numpy(np.array(grey))[None])
+    pixels = decode_class_picture(_class_sample(), resolution=8, channels=1, num_classes=10)["pixels"]
+    assert (pixels[0, 0, 0], pixels[0, 0, 7]) == (76, 29)  # the luma of red and of blue
+
+
+def test_the_middle_of_a_long_picture_with_a_class_is_kept() -> None:
+    pixels = np.zeros((8, 40), np.uint8)
+    pixels[:, 16:24] = 255
+    sample = _class_sample(picture=Image.fromarray(pixels))
+    assert int(decode_class_picture(sample, resolution=8, channels=1, num_classes=10)["pixels"].min()) == 255
+
+
+@pytest.mark.parametrize(("cls", "label"), [(b"0", 0), (b"9", 9), (b" 7\n", 7), (b"007", 7)])
+def test_classes_are_read_as_people_write_them(cls: bytes, label: int) -> None:
+    assert int(decode_class_picture(_class_sample(cls), resolution=8, channels=3, num_classes=10)["label"]) == label
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason", "detail"),
+    [
+        (None, "no class", "the member .cls is missing"),
+        (b"", "broken class", "is b'' and no whole number"),
+        (b"cat", "broken class", "is b'cat' and no whole number"),
+        (b"1.0", "broken class", "no whole number"),
+        (b"1_0", "broken class", "no whole number"),
+        (b"\xff\xfe3\x00", "broken class", "no whole number"),
+        ("\u0663".encode(), "broken class", "no whole number"),
+        (b"9" * 5000, "broken class", "no whole number"),
+        (b"10", "class out of range", "10 is not from 0 to 9"),
+        (b"-1", "class out of range", "-1 is not from 0 to 9"),
+    ],
+)
+def test_a_class_that_cannot_be_used_has_a_reason(cls: bytes | None, reason: str, detail: str) -> None:
+    with pytest.raises(BadSampleError, match=detail) as caught:
+        decode_class_picture(_class_sample(cls), resolution=8, channels=3, num_classes=10)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(("data", "reason"), [(None, "no picture"), (b"<html>", "broken picture")])
+def test_a_class_without_a_picture_has_a_reason(data: bytes | None, reason: str) -> None:
+    sample = {key: value for key, value in {**_class_sample(), "png": data}.items() if value is not None}
+    with pytest.raises(BadSampleError) as caught:
+        decode_class_picture(sample, resolution=8, channels=3, num_classes=10)
+    assert caught.value.reason == reason
+
+
+def test_other_numbers_of_channels_are_refused() -> None:
+    with pytest.raises(DataError, match="channels=4: pictures with a class are read with 1") as caught:
+        decode_class_picture(_class_sample(), resolution=8, channels=4, num_classes=10)
+    assert not isinstance(caught.value, BadSampleError), "it would be counted and skipped, sample by sample"

@@ -43,19 +43,30 @@ def test_step_counts_outside_the_schedule_are_refused(steps: int) -> None:
         step_indices(steps)
 
 
-@pytest.mark.parametrize("ladder", [[1], [4], [8, 4, 2, 1], [500, 250, 125], [6, 3]])
-def test_halving_ladders_are_taken(ladder: list[int]) -> None:
+@pytest.mark.parametrize("ladder", [[1], [4], [8, 4, 2, 1], [500, 250, 125], [6, 3], [32, 8, 2, 1], [6, 2, 1]])
+def test_ladders_of_divisors_are_taken(ladder: list[int]) -> None:
     check_ladder(ladder)
+
+
+def test_the_first_teacher_may_take_any_multiple_of_steps_but_not_more_than_there_are_times() -> None:
+    check_ladder([32, 8], first_teacher_steps=128)
+    check_ladder([1024, 512], num_train_timesteps=None)
+    with pytest.raises(RecipeError, match="first_teacher_steps=48 is no multiple of the ladder's first entry 32"):
+        check_ladder([32, 8], first_teacher_steps=48)
+    with pytest.raises(RecipeError, match="first_teacher_steps=32 is no multiple .* or the same"):
+        check_ladder([32, 8], first_teacher_steps=32)
+    with pytest.raises(RecipeError, match="its first student imitates 1024 steps of a teacher with 1000 times"):
+        check_ladder([32, 8], first_teacher_steps=1024)
 
 
 @pytest.mark.parametrize(
     ("ladder", "message"),
     [
         ([], "the ladder is empty: name the step counts"),
-        ([8, 4, 1], r"ladder\[2\]=1 is not half of 4: write 2 there"),
-        ([8, 8, 4], r"ladder\[1\]=8 is not half of 8: write 4 there"),
-        ([1, 2, 4], r"ladder\[1\]=2 is not half of 1: begin with a power of two instead of 1"),
-        ([6, 3, 1], r"ladder\[2\]=1 is not half of 3: begin with a power of two instead of 6"),
+        ([8, 3, 1], r"ladder\[1\]=3 is not a divisor below 8: .*; write 4 there"),
+        ([8, 8, 4], r"ladder\[1\]=8 is not a divisor below 8: .*; write 4 there"),
+        ([1, 2, 4], r"ladder\[1\]=2 is not a divisor below 1: .*; end the ladder at 1"),
+        ([6, 4, 1], r"ladder\[1\]=4 is not a divisor below 6: .*; write 3 there"),
         ([1024, 512], "must lie between 1 and 500 steps"),
         ([0], "must lie between 1 and 500 steps"),
         ([2, 1, 0], "must lie between 1 and 500 steps"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import NoiseSchedule, ddim, ddim_step, step_index, step_indices
+from fewstep.diffusion import DiscreteSchedule, NoiseSchedule, ddim, ddim_step, step_index, step_indices
 from fewstep.diffusion.samplers import SamplerStep
 from fewstep.distill import step_target
 from fewstep.errors import RecipeError
@@ -23,12 +23,12 @@ def zero_snr() -> NoiseSchedule:
 
 
 @pytest.fixture(scope="module")
-def cosine() -> NoiseSchedule:
+def cosine() -> DiscreteSchedule:
     """logsnr(u) = −2 log tan(a u + b) from 20 to −20 (Salimans & Ho's schedules.py), at u = 0, 1/1024, … 1."""
     b = math.atan(math.exp(-10))
     a = math.atan(math.exp(10)) - b
     phi = a * torch.arange(1025, dtype=torch.float64) / 1024 + b
-    return NoiseSchedule(alphas=phi.cos(), sigmas=phi.sin())
+    return DiscreteSchedule(alphas=phi.cos(), sigmas=phi.sin())
 
 
 def _wave(z: Tensor, index: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_no_steps_are_refused(zero_snr: NoiseSchedule) -> None:
 @pytest.mark.parametrize(
     ("steps", "variance"), [(1, 0.000), (2, 0.053), (4, 0.139), (8, 0.207), (16, 0.249), (64, 0.287), (1024, 0.300)]
 )
-def test_few_ddim_steps_lose_a_gaussians_variance(cosine: NoiseSchedule, steps: int, variance: float) -> None:
+def test_few_ddim_steps_lose_a_gaussians_variance(cosine: DiscreteSchedule, steps: int, variance: float) -> None:
     """Data N(0.7, 0.3) and its exact denoiser: the sampler is affine, so two starting points tell mean and variance."""
 
     def denoiser(z: Tensor, index: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def test_few_ddim_steps_lose_a_gaussians_variance(cosine: NoiseSchedule, steps: 
     assert abs(start - MEAN) < 2e-3
 
 
-def test_the_halving_ladder_keeps_a_gaussians_variance(cosine: NoiseSchedule) -> None:
+def test_the_halving_ladder_keeps_a_gaussians_variance(cosine: DiscreteSchedule) -> None:
     """A student that reaches its targets exactly, rung by rung, does in one step what its 1024-step teacher does.
 
     With data N(0, 0.3) every network is x̂ = k(t) z, so a rung is solved by one target for each time.

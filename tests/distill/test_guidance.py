@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,15 +17,9 @@ from fewstep.models import TextToImageParts, guidance_embedding, make_student
 from tiny import tiny_teacher
 
 
-def _objective(teacher: TextToImageParts, null_embedding: Tensor, **changes: Any) -> GuidanceObjective:
+def _objective(teacher: TextToImageParts, **changes: Any) -> GuidanceObjective:
     settings: dict[str, Any] = {"w_min": 0.5, "w_max": 4.0, "embedding_dim": 16, **changes}
-    return GuidanceObjective(
-        teacher.unet,
-        null_embedding=null_embedding,
-        schedule=teacher.schedule,
-        prediction_type=teacher.prediction_type,
-        **settings,
-    )
+    return GuidanceObjective(teacher.denoiser(), **settings)
 
 
 def _random(step: int = 0, rows: int = 4) -> RowRandom:
@@ -52,7 +45,7 @@ class Oracle(nn.Module):
 def test_both_branches_are_one_call_of_the_teacher_and_the_student_is_called_once(
     teacher: TextToImageParts, null_embedding: Tensor, batch: Batch, watch: Callable[[nn.Module], Any]
 ) -> None:
-    objective = _objective(teacher, null_embedding)
+    objective = _objective(teacher)
     of_teacher, of_student = watch(objective.teacher), watch(objective.network)
     loss, _ = objective.loss(objective.network, batch, _random())
     loss.backward()
@@ -66,8 +59,8 @@ def test_both_branches_are_one_call_of_the_teacher_and_the_student_is_called_onc
     assert len({tuple(row) for row in of_student.kwargs[0]["timestep_cond"].tolist()}) == 4, "one w for each row"
 
 
-def test_only_the_student_gets_gradients(teacher: TextToImageParts, null_embedding: Tensor, batch: Batch) -> None:
-    objective = _objective(teacher, null_embedding)
+def test_only_the_student_gets_gradients(teacher: TextToImageParts, batch: Batch) -> None:
+    objective = _objective(teacher)
     before = {name: value.clone() for name, value in teacher.unet.state_dict().items()}
     loss, figures = objective.loss(objective.network, batch, _random())
     loss.backward()
@@ -79,10 +72,8 @@ def test_only_the_student_gets_gradients(teacher: TextToImageParts, null_embeddi
     assert float(new.time_embedding.cond_proj.weight.grad.abs().max()) > 0
 
 
-def test_the_oracle_has_no_loss_and_the_new_student_has(
-    teacher: TextToImageParts, null_embedding: Tensor, batch: Batch
-) -> None:
-    objective = _objective(teacher, null_embedding)
+def test_the_oracle_has_no_loss_and_the_new_student_has(teacher: TextToImageParts, batch: Batch) -> None:
+    objective = _objective(teacher)
     with torch.no_grad():
         oracle, figures = objective.loss(Oracle(teacher), batch, _random())
         fresh, _ = objective.loss(objective.network, batch, _random())
@@ -91,20 +82,16 @@ def test_the_oracle_has_no_loss_and_the_new_student_has(
     assert float(figures["relative_error"]) < 1e-3
 
 
-def test_with_w_zero_the_target_is_the_conditional_teacher(
-    teacher: TextToImageParts, null_embedding: Tensor, batch: Batch
-) -> None:
-    objective = _objective(teacher, null_embedding, w_min=0.0, w_max=1e-9)
+def test_with_w_zero_the_target_is_the_conditional_teacher(teacher: TextToImageParts, batch: Batch) -> None:
+    objective = _objective(teacher, w_min=0.0, w_max=1e-9)
     with torch.no_grad():
         loss, figures = objective.loss(objective.network, batch, _random())
     assert float(loss) < 1e-10
     assert float(figures["relative_error"]) < 1e-5
 
 
-def test_rows_are_independent_of_how_they_are_shared_out(
-    teacher: TextToImageParts, null_embedding: Tensor, batch: Batch
-) -> None:
-    objective = _objective(teacher, null_embedding)
+def test_rows_are_independent_of_how_they_are_shared_out(teacher: TextToImageParts, batch: Batch) -> None:
+    objective = _objective(teacher)
     with torch.no_grad():
         whole, _ = objective.loss(objective.network, batch, _random())
         parts = [
@@ -119,31 +106,23 @@ def test_rows_are_independent_of_how_they_are_shared_out(
 
 
 def test_updates_reduce_the_loss(
-    teacher: TextToImageParts, null_embedding: Tensor, batch: Batch, loss_after: Callable[..., tuple[float, float]]
+    teacher: TextToImageParts, batch: Batch, loss_after: Callable[..., tuple[float, float]]
 ) -> None:
-    objective = _objective(teacher, null_embedding)
+    objective = _objective(teacher)
     before, after = loss_after(objective, batch, _random, updates=12, learning_rate=1e-3)
     assert after < 0.7 * before
 
 
-def test_eps_at_zero_terminal_snr_is_refused(null_embedding: Tensor) -> None:
+def test_eps_at_zero_terminal_snr_is_refused() -> None:
     teacher = tiny_teacher(prediction_type="epsilon")
     with pytest.raises(ModelError, match="prediction_type=epsilon cannot be used with rescale_betas_zero_snr"):
-        _objective(teacher, null_embedding)
-    _objective(tiny_teacher(prediction_type="epsilon", rescale_betas_zero_snr=False), null_embedding)
+        _objective(teacher)
+    _objective(tiny_teacher(prediction_type="epsilon", rescale_betas_zero_snr=False))
 
 
 def _error(teacher: TextToImageParts, student: Any, batch: Batch, weights: list[float]) -> dict[float, float]:
-    return guided_relative_error(
-        teacher.unet,
-        student,
-        [batch, batch],
-        null_embedding=teacher.encode_prompts([""]),
-        schedule=teacher.schedule,
-        prediction_type=teacher.prediction_type,
-        weights=weights,
-        seed=3,
-    ).by_w
+    model = teacher.denoiser()
+    return guided_relative_error(model, model.with_network(student), [batch, batch], weights=weights, seed=3).by_w
 
 
 def test_relative_error_of_a_new_student_is_zero_at_w_zero_only(teacher: TextToImageParts, batch: Batch) -> None:
@@ -166,22 +145,17 @@ def test_relative_error_by_time_holds_the_same_rows(teacher: TextToImageParts, b
 
     class Half(nn.Module):
         config: ClassVar = {"time_cond_proj_dim": 256}
+        dtype: ClassVar = torch.float32
 
-        def forward(self, z: Tensor, index: Tensor, text: Tensor, *, timestep_cond: Tensor) -> Any:
+        def forward(
+            self, z: Tensor, index: Tensor, text: Tensor, *, timestep_cond: Tensor, return_dict: bool
+        ) -> tuple[Tensor]:
             good = right(z, index, text, timestep_cond=timestep_cond, return_dict=False)[0]
             bad = wrong(z, index, text, timestep_cond=timestep_cond).sample
-            return SimpleNamespace(sample=torch.where((index < 500)[:, None, None, None], good, bad))
+            return (torch.where((index < 500)[:, None, None, None], good, bad),)
 
-    errors = guided_relative_error(
-        teacher.unet,
-        Half(),
-        [batch] * 8,
-        null_embedding=teacher.encode_prompts([""]),
-        schedule=teacher.schedule,
-        prediction_type=teacher.prediction_type,
-        weights=[1.0, 3.0],
-        seed=3,
-    )
+    model = teacher.denoiser()
+    errors = guided_relative_error(model, model.with_network(Half()), [batch] * 8, weights=[1.0, 3.0], seed=3)
     assert list(errors.by_time) == ["0-249", "250-499", "500-749", "750-999"]
     assert errors.by_time["0-249"] < 1e-3
     assert errors.by_time["250-499"] < 1e-3
@@ -196,16 +170,8 @@ def test_relative_error_is_one_of_v_for_every_prediction_type(kind: str, batch: 
     student = make_student(teacher.unet, embedding_dim=16)
     batch = {**batch, "latent_std": torch.zeros(4, 4, 4, 4)}
     w = 3.0
-    got = guided_relative_error(
-        teacher.unet,
-        student,
-        [batch],
-        null_embedding=teacher.encode_prompts([""]),
-        schedule=teacher.schedule,
-        prediction_type=teacher.prediction_type,
-        weights=[w],
-        seed=3,
-    ).by_w[w]
+    model = teacher.denoiser()
+    got = guided_relative_error(model, model.with_network(student), [batch], weights=[w], seed=3).by_w[w]
 
     random = RowRandom(seed=3, step=0, rows=range(4))
     random.normal(4, 4, 4)  # the posterior's draw, of no effect here

@@ -19,9 +19,7 @@ from tiny import tiny_teacher
 
 def _objective(teacher: TextToImageParts, w_teacher: Any, steps: int, **changes: Any) -> ProgressiveObjective:
     return ProgressiveObjective(
-        w_teacher,
-        schedule=teacher.schedule,
-        prediction_type=teacher.prediction_type,
+        teacher.denoiser().with_network(w_teacher),
         num_inference_steps=steps,
         w_min=0.5,
         w_max=4.0,

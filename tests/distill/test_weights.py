@@ -18,6 +18,7 @@ OMEGA = {
     "snr": lambda snr: snr,
     "truncated_snr": lambda snr: max(snr, 1.0),
     "snr_plus_one": lambda snr: snr + 1.0,
+    "min_snr": lambda snr: min(snr, 5.0),
 }
 
 
@@ -43,4 +44,4 @@ def test_a_v_network_has_a_finite_weight_at_every_time(name: LossWeight) -> None
     assert weight.shape == alpha.shape
     assert bool(torch.isfinite(weight).all())
     # At pure noise only the plain SNR weight says nothing: that is why the paper truncates it.
-    assert float(weight[-1]) == (0.0 if name == "snr" else 1.0)
+    assert float(weight[-1]) == (0.0 if name in ("snr", "min_snr") else 1.0)

@@ -33,7 +33,7 @@ def _sample(number: int) -> dict[str, Any]:
 
 
 def _encode(source: str, target: str, parts: TextToImageParts, storage: Storage, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"batch_size": 3, "max_bad_share": 0.5, "with_text": True, "label": "test", **changes}
+    settings: dict[str, Any] = {"batch_size": 3, "max_bad_share": 0.5, "label": "test", **changes}
     return encode_shards(source, target, parts=parts, storage=storage, **settings)
 
 

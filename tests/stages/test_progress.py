@@ -110,7 +110,7 @@ def test_shards_that_were_encoded_before_count_from_the_start(
     samples[6]["png"] = b"broken"
     source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
     write_shards(samples, source, samples_per_shard=4, storage=storage)
-    settings: dict[str, Any] = {"batch_size": 2, "max_bad_share": 0.5, "with_text": True, "label": "encode"}
+    settings: dict[str, Any] = {"batch_size": 2, "max_bad_share": 0.5, "label": "encode"}
     encode_shards(source, target, parts=tiny_teacher(), storage=storage, **settings)
     storage.delete(join(target, "records", "00001.json"))  # as if the run had been killed there
     capsys.readouterr()

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from toy_training import STREAMS, export
 
-from fewstep.diffusion import NoiseSchedule
 from fewstep.distill import DenoisingObjective, GuidanceObjective, ProgressiveObjective
 from fewstep.distill.denoising import TextToImageNetwork
 from fewstep.distill.objective import Objective
@@ -25,15 +24,15 @@ Kind = Literal["denoising", "guidance", "progressive"]
 def objective(kind: Kind, folder: str, device: torch.device) -> Objective:
     """Return the objective of a stage; `folder` holds a teacher, or for `progressive` a student."""
     parts = load_parts(folder).to(device)
-    shared: dict[str, Any] = {"schedule": parts.schedule, "prediction_type": parts.prediction_type}
     if kind == "guidance":
-        null = parts.encode_prompts([""])
-        return GuidanceObjective(parts.unet, null_embedding=null, w_min=0.5, w_max=4.0, embedding_dim=16, **shared)
+        return GuidanceObjective(parts.denoiser(), w_min=0.5, w_max=4.0, embedding_dim=16)
     if kind == "progressive":
-        return ProgressiveObjective(parts.unet, num_inference_steps=4, w_min=0.5, w_max=4.0, **shared)
+        return ProgressiveObjective(parts.denoiser(), num_inference_steps=4, w_min=0.5, w_max=4.0)
     network = TextToImageNetwork(parts.unet, parts.text_encoder).requires_grad_(True).train()
-    shared["schedule"] = NoiseSchedule.from_scheduler_config(parts.scheduler_config)
-    return DenoisingObjective(network, null_token_ids=parts.token_ids([""])[0], **shared)
+    model = network.denoiser(
+        null_token_ids=parts.token_ids([""])[0], schedule=parts.schedule, prediction_type=parts.prediction_type
+    )
+    return DenoisingObjective(model)
 
 
 class LatentBatches:

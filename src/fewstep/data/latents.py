@@ -1,10 +1,10 @@
-"""Cached latents and text embeddings: the members of a latent shard, written and read."""
+"""Cached latents and what the network is told beside them: the members of a latent shard, written and read."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,31 +14,46 @@ from torch import Tensor
 from fewstep.data.source import BadSampleError, Sample
 
 LATENTS_MEMBER = "latents.npy"
-TEXT_MEMBER = "text.npy"
 
 
-def latent_sample(key: str, caption: str, mean: Tensor, std: Tensor, text: Tensor | None) -> dict[str, Any]:
-    """Return the sample of a latent shard: mean and standard deviation of the scaled latents, text embedding, caption.
+def condition_member(name: str) -> str:
+    """Return the member of a latent shard that holds a part of the condition, such as text.npy."""
+    return f"{name}.npy"
+
+
+def latent_sample(
+    key: str, caption: str, mean: Tensor, std: Tensor, condition: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Return the sample of a latent shard: mean and standard deviation of the scaled latents, condition and caption.
 
     Args:
         key: key of the picture's sample.
-        caption: its caption.
+        caption: its caption, or the name of its class.
         mean, std: (C, h, w).
-        text: (L, D), or None when the text encoder is still being trained.
+        condition: what the network is told, by name, each without the batch dimension: text (L, D), label (), …; None
+            when the text encoder is still being trained.
     """
-    sample = {
+    return {
         "__key__": key,
         LATENTS_MEMBER: _to_bytes(torch.stack([mean, std])),
         "txt": caption.encode(),
         "json": json.dumps({"key": key, "caption": caption}).encode(),
+        **{condition_member(name): _to_bytes(value) for name, value in (condition or {}).items()},
     }
-    if text is not None:
-        sample[TEXT_MEMBER] = _to_bytes(text)
-    return sample
 
 
-def decode_latents(sample: Sample, *, token_ids: Callable[[list[str]], Tensor] | None = None) -> dict[str, Any]:
-    """Return latent_mean and latent_std (C, h, w), caption, and text (L, D) or, with a tokenizer, token_ids (L,).
+def decode_latents(
+    sample: Sample,
+    *,
+    condition_names: Sequence[str] = ("text",),
+    token_ids: Mapping[str, Callable[[list[str]], Tensor]] | None = None,
+) -> dict[str, Any]:
+    """Return latent_mean and latent_std (C, h, w), caption, and the parts of the condition by name.
+
+    Args:
+        sample: of a latent shard.
+        condition_names: the parts to read from the shard.
+        token_ids: further parts that are made of the caption: name -> tokenizer, list of texts -> (B, L) ids.
 
     Raises:
         BadSampleError: a member is missing or damaged.
@@ -48,17 +63,16 @@ def decode_latents(sample: Sample, *, token_ids: Callable[[list[str]], Tensor] |
         raise BadSampleError("latents of another shape", f"{tuple(latents.shape)} is not (2, C, h, w)")
     caption = sample.get("txt", b"").decode("utf-8", errors="replace")
     decoded = {"latent_mean": latents[0], "latent_std": latents[1], "caption": caption}
-    if token_ids is None:
-        decoded["text"] = _from_bytes(sample, TEXT_MEMBER)
-    else:
-        decoded["token_ids"] = token_ids([caption])[0]
+    decoded |= {name: _from_bytes(sample, condition_member(name)) for name in condition_names}
+    decoded |= {name: tokenize([caption])[0] for name, tokenize in (token_ids or {}).items()}
     return decoded
 
 
 def _to_bytes(tensor: Tensor) -> bytes:
     buffer = io.BytesIO()
+    value = tensor.detach().cpu()
     # float16 holds latents of unit scale to 3 decimal digits, at half the bytes.
-    np.save(buffer, tensor.detach().to("cpu", torch.float16).numpy(), allow_pickle=False)
+    np.save(buffer, (value.half() if value.is_floating_point() else value).numpy(), allow_pickle=False)
     return buffer.getvalue()
 
 

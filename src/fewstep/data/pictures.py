@@ -1,8 +1,9 @@
-"""From a webdataset sample to pixels and a caption."""
+"""From a webdataset sample to pixels, with a caption or a class."""
 
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from PIL import Image, ImageOps
 
 from fewstep.data.source import BadSampleError, Sample
+from fewstep.errors import DataError
 
 _EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+_MODES = {1: "L", 3: "RGB"}
 
 
 def decode_picture(sample: Sample, *, resolution: int) -> dict[str, Any]:
@@ -26,6 +29,45 @@ def decode_picture(sample: Sample, *, resolution: int) -> dict[str, Any]:
     caption = sample.get("txt", b"").decode("utf-8", errors="replace").strip()
     if not caption:
         raise BadSampleError("no caption", "the member .txt is missing or empty")
+    return {"key": sample["__key__"], "caption": caption, "pixels": _pixels(sample, resolution, channels=3)}
+
+
+def decode_class_picture(sample: Sample, *, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
+    """Return key, label (int64 scalar) and pixels (uint8, (channels, resolution, resolution)) of a sample with a class.
+
+    The layout is that of the webdatasets of ImageNet and CIFAR-10: a picture, and its class as a number in .cls. The
+    picture is treated as `decode_picture` does; with one channel it becomes grey.
+
+    Args:
+        sample: the sample.
+        resolution: side in pixels.
+        channels: 1 or 3.
+        num_classes: labels are from 0 to num_classes − 1.
+
+    Raises:
+        BadSampleError: there is no picture or it is broken, or the class is missing, no number or out of range.
+        DataError: channels is neither 1 nor 3.
+    """
+    if channels not in _MODES:
+        raise DataError(f"channels={channels}: pictures with a class are read with 1 (grey) or 3 (RGB)")
+    label = torch.tensor(_label(sample, num_classes), dtype=torch.int64)
+    return {"key": sample["__key__"], "label": label, "pixels": _pixels(sample, resolution, channels=channels)}
+
+
+def _label(sample: Sample, num_classes: int) -> int:
+    if "cls" not in sample:
+        raise BadSampleError("no class", "the member .cls is missing")
+    text = sample["cls"].strip()
+    # int() alone would take 1_0 for 10, and the digits of other scripts.
+    if not re.fullmatch(rb"-?[0-9]{1,18}", text):
+        raise BadSampleError("broken class", f"the member .cls is {text[:20]!r} and no whole number in ASCII")
+    label = int(text)
+    if not 0 <= label < num_classes:
+        raise BadSampleError("class out of range", f"{label} is not from 0 to {num_classes - 1}")
+    return label
+
+
+def _pixels(sample: Sample, resolution: int, *, channels: int) -> torch.Tensor:
     data = next((sample[extension] for extension in _EXTENSIONS if extension in sample), None)
     if data is None:
         raise BadSampleError("no picture", f"none of the members .{', .'.join(_EXTENSIONS)} is there")
@@ -35,10 +77,11 @@ def decode_picture(sample: Sample, *, resolution: int) -> dict[str, Any]:
             picture = _flatten(ImageOps.exif_transpose(opened) or opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSampleError("broken picture", str(error)) from error
+    picture = picture.convert(_MODES[channels])
     if picture.size != (resolution, resolution):
         picture = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-    return {"key": sample["__key__"], "caption": caption, "pixels": pixels}
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

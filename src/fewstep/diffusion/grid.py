@@ -1,4 +1,4 @@
-"""The step grid: which of the T training times an N-step sampler visits."""
+"""The step grid: which of the T training times an N-step sampler visits, and ladders of step counts."""
 
 from __future__ import annotations
 
@@ -35,22 +35,40 @@ def step_indices(num_inference_steps: int, *, num_train_timesteps: int = 1000) -
     return [step_index(i, num_inference_steps, num_train_timesteps=num_train_timesteps) for i in steps]
 
 
-def check_ladder(ladder: Sequence[int], *, num_train_timesteps: int = 1000) -> None:
-    """Check a halving ladder such as [32, 16, 8, 4, 2, 1]: each entry is half of the one before.
+def check_ladder(
+    ladder: Sequence[int], *, first_teacher_steps: int | None = None, num_train_timesteps: int | None = 1000
+) -> None:
+    """Check a ladder of step counts such as [32, 16, 8, 4, 2, 1]: each entry is a divisor of the one before.
+
+    Halving is the paper's; larger factors (32, 8, 2, 1) skip rungs.
+
+    Args:
+        ladder: step counts of the students.
+        first_teacher_steps: steps of the first student's teacher; None: twice the first student's.
+        num_train_timesteps: T of a discrete schedule; None: a continuous one, any number of steps is there.
 
     Raises:
-        RecipeError: naming the entry that does not halve, and what would.
+        RecipeError: naming the entry that does not divide, and what would.
     """
     if len(ladder) < 1:
         raise RecipeError("the ladder is empty: name the step counts of the students, for example [8, 4, 2, 1]")
-    if not ladder[-1] >= 1 or 2 * ladder[0] > num_train_timesteps:
+    first = 2 * ladder[0] if first_teacher_steps is None else first_teacher_steps
+    if not ladder[-1] >= 1 or (num_train_timesteps is not None and first > num_train_timesteps):
+        limit = "" if num_train_timesteps is None else f" and {num_train_timesteps // 2}"
         raise RecipeError(
-            f"the ladder {list(ladder)} must lie between 1 and {num_train_timesteps // 2} steps: "
-            f"its first student imitates twice as many steps of a teacher with {num_train_timesteps} times"
+            f"the ladder {list(ladder)} must lie between 1{limit} steps: its first student imitates {first} steps of "
+            f"a teacher" + ("" if num_train_timesteps is None else f" with {num_train_timesteps} times")
+        )
+    if first % ladder[0] or first == ladder[0]:
+        raise RecipeError(
+            f"first_teacher_steps={first} is no multiple of the ladder's first entry {ladder[0]}, or the same: the "
+            f"student's one step stands for several whole steps of its teacher; take {2 * ladder[0]}"
         )
     for position, (before, after) in enumerate(pairwise(ladder), start=1):
-        if 2 * after != before:
-            fix = (
-                f"write {before // 2} there" if before % 2 == 0 else f"begin with a power of two instead of {ladder[0]}"
+        if after < 1 or before % after or after == before:
+            below = [n for n in range(1, before) if before % n == 0]
+            fix = f"write {below[-1]} there" if below else f"end the ladder at {before}"
+            raise RecipeError(
+                f"ladder[{position}]={after} is not a divisor below {before}: one step stands for several whole steps "
+                f"of the student before; {fix}"
             )
-            raise RecipeError(f"ladder[{position}]={after} is not half of {before}: {fix}")

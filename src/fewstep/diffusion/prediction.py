@@ -69,6 +69,27 @@ def from_velocity(v: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction
     return alpha * z - sigma * v
 
 
+def from_sample(x: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """Return what a network of the given prediction type outputs when its x̂ is x, all (B, …); needs sigma > 0."""
+    if prediction_type == "sample":
+        return x
+    if prediction_type == "epsilon":
+        return (z - alpha * x) / sigma
+    return (alpha * z - x) / sigma
+
+
+def convert_output(
+    output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, *, source: PredictionType, target: PredictionType
+) -> Tensor:
+    """Return an output of one prediction type as one of another, all (B, …).
+
+    Infinite where the two have nothing in common: an epsilon output at alpha = 0, a sample output at sigma = 0.
+    """
+    if source == target:
+        return output
+    return from_velocity(to_velocity(output, z, alpha, sigma, source), z, alpha, sigma, target)
+
+
 def ddim_step(
     output: Tensor,
     z: Tensor,

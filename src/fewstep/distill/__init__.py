@@ -2,7 +2,10 @@
 
 from fewstep.distill.autoencoder import AutoencoderObjective
 from fewstep.distill.denoising import DenoisingObjective, TextToImageNetwork
-from fewstep.distill.guidance import GuidanceObjective, GuidedError, guided_relative_error
+from fewstep.distill.guidance import GuidanceObjective
+from fewstep.distill.guided_error import GuidedError, guided_relative_error
+from fewstep.distill.jumps import Jumps, plan_jumps
+from fewstep.distill.naive import NaiveProgressiveObjective
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveObjective
 from fewstep.distill.targets import step_target
@@ -13,11 +16,14 @@ __all__ = [
     "DenoisingObjective",
     "GuidanceObjective",
     "GuidedError",
+    "Jumps",
     "LossWeight",
+    "NaiveProgressiveObjective",
     "Objective",
     "ProgressiveObjective",
     "TextToImageNetwork",
     "guided_relative_error",
     "output_weight",
+    "plan_jumps",
     "step_target",
 ]

@@ -14,7 +14,11 @@ Batch = dict[str, Any]
 class Objective(Protocol):
     """Turns (network, batch, random numbers) into a loss; owns the frozen teacher, if there is one.
 
-    The loop owns everything else: devices, DDP, autocast, optimiser, EMA, checkpoints.
+    The loop owns everything else: devices, DDP and FSDP, micro-batches, autocast, optimiser, EMA, checkpoints.
+
+    Two more attributes are optional. `frozen: Sequence[nn.Module]` names the networks that `loss` uses without
+    gradients (the teacher), so that the loop can shard, compile or round them; they never get optimiser state.
+    `parameter_groups(learning_rate)` returns the optimiser's groups, where they differ.
 
     Attributes:
         network: what is trained.
@@ -27,7 +31,7 @@ class Objective(Protocol):
 
         Args:
             network: `self.network`, perhaps wrapped for data parallelism: call this one.
-            batch: tensors of the local rows on the device.
-            random: draws of the local rows.
+            batch: tensors of local rows on the device: all of them, or those of one micro-batch.
+            random: draws of the same rows.
         """
         ...

@@ -1,87 +1,139 @@
-"""Stage two: a student whose one step does what two steps of its teacher do (Meng et al. §3.2, Algorithm 2)."""
+"""Stage two: a student whose one step does what several steps of its teacher do (Meng et al. §3.2, Algorithms 2–4)."""
 
 from __future__ import annotations
 
 import torch
-from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
-from fewstep.diffusion.grid import step_index
-from fewstep.diffusion.prediction import PredictionType, ddim_step
+from fewstep.diffusion.prediction import PredictionType, from_velocity
 from fewstep.diffusion.random import RowRandom
-from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.distill.clean import draw_clean
+from fewstep.distill.errors import ErrorName, row_error
 from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
-from fewstep.distill.latents import draw_latents
+from fewstep.distill.jumps import follow, plan_jumps
 from fewstep.distill.objective import Batch
 from fewstep.distill.targets import step_target
 from fewstep.distill.weights import LossWeight, output_weight
-from fewstep.models.student import copy_unet, guidance_embedding
+from fewstep.errors import ModelError, RecipeError
+from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.student import StudentKind, copy_unet
 
 
 class ProgressiveObjective:
-    """One rung of the halving ladder: N steps of the student imitate 2N steps of the teacher.
+    """One rung of the ladder: each jump of the student imitates several smaller ones of its teacher.
 
-    i uniform in 1 … N; t = i/N, m = (i − 0.5)/N, s = (i − 1)/N on the shared grid; two teacher DDIM steps t → m → s
-    without gradients, in float32 and unclipped; the target is the output that takes the student from z_t to z_s at
-    once.
+    For a deterministic student of N steps from a teacher of 2N: i uniform in 1 … N; t = i/N, m = (i − 0.5)/N,
+    s = (i − 1)/N on the shared grid; two teacher DDIM steps t → m → s without gradients, in float32 and unclipped; the
+    target is the output that takes the student from z_t to z_s at once. `plan_jumps` has the jumps of other kinds.
 
     Args:
-        teacher: w-conditioned U-Net of 2N steps (for the first rung, stage one's), frozen.
-        schedule: noise schedule.
-        prediction_type: what both networks output.
+        teacher: network of `teacher_steps` steps (for the first rung, stage one's); frozen.
         num_inference_steps: N of the student.
         w_min, w_max: range of the guidance weight.
         loss_weight: name of omega; the paper uses "truncated_snr".
+        kind: of the student.
+        teacher_steps: steps of the teacher; None: twice the student's.
+        start_times: M, for a student that may also start at the times j/M.
+        error: how a row's error is measured.
+        prediction_type: what the student outputs; None: what the teacher does.
+        pure_noise_at_end: what the network sees at the noisiest time; see `NoiseSchedule.noise`.
+        trajectory_inputs: train on states of the teacher's own sampler, from pure noise, instead of on noised data
+            (the mismatch that later work names; costs the teacher's steps down to the drawn time).
+        denoising_weight: share of the ordinary denoising loss on the data that is added (SnapFusion, Li et al. 2023).
     """
 
     def __init__(
         self,
-        teacher: UNet2DConditionModel,
+        teacher: Denoiser,
         *,
-        schedule: NoiseSchedule,
-        prediction_type: PredictionType,
         num_inference_steps: int,
         w_min: float,
         w_max: float,
         loss_weight: LossWeight = "truncated_snr",
+        kind: StudentKind = "deterministic",
+        teacher_steps: int | None = None,
+        start_times: int | None = None,
+        error: ErrorName = "mse",
+        prediction_type: PredictionType | None = None,
+        pure_noise_at_end: bool = False,
+        trajectory_inputs: bool = False,
+        denoising_weight: float = 0.0,
     ) -> None:
-        refuse_epsilon_at_zero_snr(schedule, prediction_type)
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.network: nn.Module = copy_unet(teacher)
-        self.schedule = schedule
-        self.prediction_type = prediction_type
+        self.prediction_type: PredictionType = prediction_type or teacher.prediction_type
+        for each in (teacher.prediction_type, self.prediction_type):
+            refuse_epsilon_at_zero_snr(teacher.schedule, each)
+            if kind == "encoder" and each != "v_prediction":
+                raise ModelError(
+                    f"prediction_type={each} cannot be used for an encoder: near the clean picture an error of x̂ or "
+                    "eps-hat would be multiplied by thousands. Convert the teacher to v_prediction first (convert)"
+                )
+        if trajectory_inputs and kind != "deterministic":
+            raise RecipeError(f"trajectory_inputs is for deterministic students; this ladder is {kind}")
+        self.of_teacher = teacher
+        self.teacher: nn.Module = teacher.network.requires_grad_(False).eval()
+        student = copy_unet(teacher.network)
+        self.network: nn.Module = student
+        self.of_student = teacher.with_network(student, prediction_type=self.prediction_type)
+        self.frozen = [self.teacher]
         self.num_inference_steps = num_inference_steps
         self.w_min, self.w_max = w_min, w_max
         self.loss_weight: LossWeight = loss_weight
-        # Entry j is the time of j half steps: t = 2i, m = 2i − 1, s = 2i − 2.
-        self._half_steps = torch.tensor(
-            [
-                step_index(j / 2, num_inference_steps, num_train_timesteps=schedule.num_train_timesteps)
-                for j in range(2 * num_inference_steps + 1)
-            ]
+        self.error: ErrorName = error
+        self.pure_noise_at_end = pure_noise_at_end
+        self.trajectory_inputs = trajectory_inputs
+        self.denoising_weight = denoising_weight
+        self.jumps = plan_jumps(
+            kind,
+            num_inference_steps,
+            teacher_steps=teacher_steps or 2 * num_inference_steps,
+            start_times=start_times,
         )
+        self._times = teacher.schedule.times(self.jumps.grid_steps)
 
     def loss(self, network: nn.Module, batch: Batch, random: RowRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss over latent_mean, latent_std (B, C, h, w) and text (B, L, D)."""
-        x = draw_latents(batch, random)
-        text = batch["text"].to(self.teacher.dtype)
+        """Return the loss over clean samples (see `draw_clean`) and the teacher's condition, B rows each."""
+        teacher, schedule = self.of_teacher, self.of_teacher.schedule
+        x = draw_clean(batch, random)
+        condition = teacher.condition_of(batch)
         eps = random.normal(*x.shape[1:])
-        i = random.integers(1, self.num_inference_steps + 1)
+        start, end = self.jumps.draw(random.integers(0, len(self.jumps.starts)))
         w = random.uniform(self.w_min, self.w_max)
-        self._half_steps = self._half_steps.to(x.device)
-        t, m, s = (self._half_steps[2 * i - back] for back in (0, 1, 2))
-        w_embedding = guidance_embedding(w, self.teacher.config["time_cond_proj_dim"]).to(text.dtype)
+        times = self._times = self._times.to(x.device)
+        time = times[start]
+        at_start, at_end = (schedule.alpha_sigma(u, ndim=x.ndim) for u in (time, times[end]))
+        z = schedule.noise(x, eps, time, pure_noise_at_end=self.pure_noise_at_end)
+        if self.trajectory_inputs:
+            top, down = torch.full_like(start, self.jumps.grid_steps), self.jumps.grid_steps // self.jumps.stride
+            z = self._follow(eps, top, start, condition, w, num_jumps=down, together=False)
+        each = self.jumps.teacher_steps
+        z_end = self._follow(z, start, end, condition, w, num_jumps=max(each), together=len(set(each)) == 1)
+        target = step_target(z, z_end, *at_start, *at_end, self.prediction_type)
+        output = self.of_student.call(network, z, time, condition, w)
+        weight = output_weight(self.loss_weight, *at_start, self.prediction_type).flatten()
+        loss = (weight * row_error(output, target, self.error)).mean()
+        squared = (output - target).detach().square().mean()
+        figures = {"output_mse": squared, "relative_error": (squared / target.square().mean()).sqrt()}
+        if self.denoising_weight:
+            alpha, sigma = at_start
+            data = from_velocity(alpha * eps - sigma * x, z, alpha, sigma, self.prediction_type)
+            denoising = (weight * row_error(output, data, self.error)).mean()
+            figures["denoising_loss"] = denoising.detach()
+            loss = loss + self.denoising_weight * denoising
+        return loss, figures
 
-        at_t, at_m, at_s = (self.schedule.alpha_sigma(index) for index in (t, m, s))
-        z_t = at_t[0] * x + at_t[1] * eps
-        with torch.no_grad():
-            first = self.teacher(z_t, t, text, timestep_cond=w_embedding, return_dict=False)[0].float()
-            z_m = ddim_step(first, z_t, *at_t, *at_m, self.prediction_type)
-            second = self.teacher(z_m, m, text, timestep_cond=w_embedding, return_dict=False)[0].float()
-            z_s = ddim_step(second, z_m, *at_m, *at_s, self.prediction_type)
-            target = step_target(z_t, z_s, *at_t, *at_s, self.prediction_type)
-        output = network(z_t, t, text, timestep_cond=w_embedding, return_dict=False)[0].float()
-        error = (output - target).square().mean(dim=(1, 2, 3))
-        weight = output_weight(self.loss_weight, *at_t, self.prediction_type).flatten()
-        relative = (error.mean() / target.square().mean()).sqrt()
-        return (weight * error).mean(), {"output_mse": error.mean().detach(), "relative_error": relative.detach()}
+    def _follow(
+        self, z: Tensor, start: Tensor, end: Tensor, condition: Condition, w: Tensor, *, num_jumps: int, together: bool
+    ) -> Tensor:
+        teacher = self.of_teacher
+        return follow(
+            teacher.conditional(condition, w),
+            z,
+            start,
+            end,
+            stride=self.jumps.stride,
+            num_jumps=num_jumps,
+            together=together,
+            times=self._times,
+            schedule=teacher.schedule,
+            prediction_type=teacher.prediction_type,
+        )

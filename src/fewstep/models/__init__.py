@@ -6,23 +6,31 @@ from fewstep.models.architecture import (
     TeacherArchitecture,
     add_pooled_text,
 )
-from fewstep.models.parts import TextToImageParts, load_parts
+from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.embedding import guidance_embedding
+from fewstep.models.load import load_model, load_parts
+from fewstep.models.parts import Parts
 from fewstep.models.sampling import guided_model, initial_noise, student_model
 from fewstep.models.student import (
     StudentInfo,
+    StudentKind,
     copy_student,
     copy_unet,
-    guidance_embedding,
     make_student,
     read_student_info,
     save_student,
     student_scheduler_config,
 )
+from fewstep.models.text_latent import TextToImageParts, text_denoiser
 
 __all__ = [
     "SCHEDULER_CONFIG",
     "AutoencoderArchitecture",
+    "Condition",
+    "Denoiser",
+    "Parts",
     "StudentInfo",
+    "StudentKind",
     "TeacherArchitecture",
     "TextToImageParts",
     "add_pooled_text",
@@ -31,10 +39,12 @@ __all__ = [
     "guidance_embedding",
     "guided_model",
     "initial_noise",
+    "load_model",
     "load_parts",
     "make_student",
     "read_student_info",
     "save_student",
     "student_model",
     "student_scheduler_config",
+    "text_denoiser",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.diffusion.guidance import guide
 from fewstep.diffusion.samplers import Model
-from fewstep.models.student import guidance_embedding
+from fewstep.models.embedding import guidance_embedding
 
 
 def guided_model(unet: UNet2DConditionModel, conditional: Tensor, unconditional: Tensor, w: Tensor | float) -> Model:

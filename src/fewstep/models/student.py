@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models import UNet2DConditionModel
-from torch import Tensor
+from torch import nn
 
+from fewstep.diffusion.cosine import CosineSchedule
+from fewstep.diffusion.prediction import PredictionType
+from fewstep.diffusion.schedule import BETA_KEYS
 from fewstep.errors import ModelError, SamplingError
 from fewstep.models.architecture import unet_like
-from fewstep.models.parts import TextToImageParts
+from fewstep.models.parts import Parts
 
 INFO_FILE = "fewstep.json"
 
-
-def guidance_embedding(w: Tensor, embedding_dim: int) -> Tensor:
-    """Return the embedding of guidance weights that diffusers' pipelines compute, (B, embedding_dim), float32.
-
-    Equal to `StableDiffusionPipeline.get_guidance_scale_embedding`, which gets w = guidance_scale − 1
-    (VDM's sinusoid of 1000 w).
-
-    Args:
-        w: (B,) guidance weights in the paper's convention.
-        embedding_dim: the U-Net's `time_cond_proj_dim`.
-    """
-    half = embedding_dim // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10000.0) / (half - 1))
-    )
-    angles = (w.float() * 1000.0)[:, None] * frequencies[None, :]
-    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
+#: How a student is sampled.
+StudentKind = Literal["deterministic", "stochastic", "encoder", "naive"]
 
 
-def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int = 256) -> UNet2DConditionModel:
+def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int | None = 256) -> UNet2DConditionModel:
     """Return a w-conditioned copy of a teacher's U-Net, trainable.
 
     The one new weight, `time_embedding.cond_proj`, starts at zero: at initialisation the student equals the conditional
     teacher bit for bit, whatever w.
+
+    Args:
+        teacher: a U-Net that is sampled with classifier-free guidance.
+        embedding_dim: width of the w embedding; None: no input for w, for a student of one single w.
 
     Raises:
         ModelError: the teacher already takes a guidance weight.
@@ -57,7 +47,8 @@ def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int = 256) -> 
         )
     student = unet_like(teacher, time_cond_proj_dim=embedding_dim, dropout=0.0)
     state = dict(teacher.state_dict())
-    state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
+    if embedding_dim is not None:
+        state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
     student.load_state_dict(state)
     return student.train()
 
@@ -74,12 +65,16 @@ class StudentInfo:
     """What a student was made for; `fewstep.json` in its folder.
 
     Attributes:
-        stage: "guidance" (stage one, any step count) or "progressive" (stage two, one step count).
+        stage: "guidance" (stage one, any step count), "progressive" (stage two, one step count), or "convert" (a
+            teacher of another prediction type; guided still).
         num_inference_steps: the N it was trained for; None for stage one.
         w_min, w_max: range of the guidance weight in training (guidance_scale − 1).
         guidance_scale: default for sampling.
         teacher: URI of the teacher.
         fingerprint: digest of the settings and inputs that made it.
+        kind: how it is sampled: "deterministic", "stochastic", "encoder" (from the picture to noise) or "naive" (two
+            evaluations a step, guided; the negative control).
+        start_times: M, for a student that may also start at the times j/M; None: at the times of its own steps.
     """
 
     stage: str
@@ -90,9 +85,16 @@ class StudentInfo:
     teacher: str
     fingerprint: str
     format_version: int = 1
+    kind: StudentKind = "deterministic"
+    start_times: int | None = None
 
-    def check(self, *, num_inference_steps: int, guidance_scale: float) -> None:
+    def check(self, *, num_inference_steps: int, guidance_scale: float, extrapolate: bool = False) -> None:
         """Refuse a step count or guidance scale that the student was not trained for.
+
+        Args:
+            num_inference_steps: N.
+            guidance_scale: g = 1 + w.
+            extrapolate: take a guidance scale outside the trained range on purpose.
 
         Raises:
             SamplingError: naming what it was trained for.
@@ -104,32 +106,58 @@ class StudentInfo:
                 f"Use {self.num_inference_steps}, or load the student for {num_inference_steps}"
             )
         low, high = 1 + self.w_min, 1 + self.w_max
-        if not low - 1e-6 <= guidance_scale <= high + 1e-6:
+        if not extrapolate and not low - 1e-6 <= guidance_scale <= high + 1e-6:
             raise SamplingError(
                 f"guidance_scale={guidance_scale:g} is outside {low:g} … {high:g}, the range that the student was "
                 f"trained on (guidance_scale = 1 + w, w in {self.w_min:g} … {self.w_max:g})"
             )
 
+    def steps_of_strength(self, strength: float) -> int:
+        """Return how many of the student's N steps an image-to-image of this strength runs: N·strength.
 
-def student_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the DDIMScheduler configuration that samples a student exactly: trailing times, ending at alpha = 1.
+        Raises:
+            SamplingError: the strength is no multiple of 1/N (or of 1/M, with `start_times`), so that the student has
+                no step that starts there; or it runs none.
+        """
+        N = self.num_inference_steps
+        if N is None:
+            raise SamplingError("a student of stage one has no steps of its own: give the number of steps to run")
+        steps = strength * N
+        if steps != steps or not 0 < strength <= 1 or abs(steps - round(steps)) > 1e-6 or round(steps) < 1:
+            allowed = ", ".join(f"{i / N:g}" for i in range(1, N + 1))
+            raise SamplingError(
+                f"strength={strength:g} runs no whole number of this student's {N} steps: "
+                f"it was made to start at those times alone. Strengths that work: {allowed}"
+            )
+        return round(steps)
 
-    The noise schedule and the prediction type stay the teacher's. `steps_offset=1` has no effect with trailing spacing;
-    StableDiffusionPipeline would overwrite another value with a warning.
+
+def student_scheduler_config(
+    teacher_config: dict[str, Any],
+    *,
+    prediction_type: PredictionType | None = None,
+    kind: StudentKind = "deterministic",
+) -> dict[str, Any]:
+    """Return the scheduler configuration that samples a student exactly.
+
+    On a discrete schedule it is DDIMScheduler's: trailing times, ending at alpha = 1; a stochastic student's is read by
+    `StochasticDDIMScheduler` too. `steps_offset=1` has no effect with trailing spacing; StableDiffusionPipeline would
+    overwrite another value with a warning.
+
+    Args:
+        teacher_config: the noise schedule stays the teacher's.
+        prediction_type: what the student outputs; None: what its teacher does.
+        kind: of the student.
     """
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
+    own = {} if prediction_type is None else {"prediction_type": prediction_type}
+    if teacher_config.get("_class_name") == CosineSchedule.scheduler_class_name:
+        return {**teacher_config, **own, "stochastic": kind == "stochastic"}
+    kept = ("prediction_type", *BETA_KEYS)
     return {
         "_class_name": "DDIMScheduler",
         "prediction_type": "epsilon",
         **{key: teacher_config[key] for key in kept if key in teacher_config},
+        **own,
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
         "steps_offset": 1,
@@ -138,11 +166,26 @@ def student_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save_student(folder: Path | str, teacher: TextToImageParts, unet: UNet2DConditionModel, info: StudentInfo) -> None:
-    """Write a student as a diffusers folder: the teacher's VAE, text encoder and tokenizer, the student's U-Net, a
-    scheduler that samples it exactly, and `fewstep.json`."""
-    parts = replace(teacher, unet=unet, scheduler_config=student_scheduler_config(teacher.scheduler_config))
-    parts.save(folder)
+def save_student(
+    folder: Path | str,
+    teacher: Parts,
+    network: nn.Module,
+    info: StudentInfo,
+    *,
+    prediction_type: PredictionType | None = None,
+) -> None:
+    """Write a student as a diffusers folder: the teacher's other parts (VAE, text encoder …), the student's network, a
+    scheduler that samples it exactly, and `fewstep.json`.
+
+    Args:
+        folder: where to.
+        teacher: the teacher's parts.
+        network: the student's network.
+        info: what it was made for.
+        prediction_type: what it outputs; None: what its teacher does.
+    """
+    config = student_scheduler_config(teacher.scheduler_config, prediction_type=prediction_type, kind=info.kind)
+    teacher.with_network(network, config).save(folder)
     (Path(folder) / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
@@ -170,7 +213,8 @@ def read_student_info(folder: Path | str) -> StudentInfo | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        info = StudentInfo(**{f.name: content[f.name] for f in fields(StudentInfo)})
+        given = {f.name: content[f.name] for f in fields(StudentInfo) if f.default is MISSING or f.name in content}
+        info = StudentInfo(**given)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged ({error!r}): export the student again") from error
     if info.format_version != 1:

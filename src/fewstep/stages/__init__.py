@@ -7,6 +7,7 @@ from typing import Any
 
 from fewstep.recipe import StageName
 from fewstep.stages.context import Artifact, StageContext, find_artifact, fingerprint, stage_uri
+from fewstep.stages.convert import convert
 from fewstep.stages.encode import encode
 from fewstep.stages.evaluate import evaluate
 from fewstep.stages.guidance import guidance
@@ -20,6 +21,7 @@ STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
     "prepare": prepare,
     "teacher": teacher,
     "encode": encode,
+    "convert": convert,
     "guidance": guidance,
     "progressive": progressive,
     "evaluate": evaluate,

@@ -2,20 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from fewstep.data.latents import decode_latents
-from fewstep.data.pictures import decode_picture
+from fewstep.data.pictures import decode_class_picture, decode_picture
 from fewstep.data.shards import read_index
+from fewstep.data.source import Decode
 from fewstep.data.stream import ShardStream, StreamSettings
+from fewstep.models import Parts
 from fewstep.storage import Storage
 from fewstep.tracking.fetch import fetch_model
 
 
-def picture_batches(
+@dataclass(frozen=True)
+class SampleFormat:
+    """How the samples that a network trains on are read; goes through JSON, so that later stages know it.
+
+    Attributes:
+        kind: "latents" (latent shards) or "class_pictures" (picture shards with .cls).
+        options: keyword arguments of the decoder.
+    """
+
+    kind: str
+    options: dict[str, Any]
+
+    def decoder(self) -> Decode:
+        """Return the function from a webdataset sample to a training sample."""
+        decode: dict[str, Callable[..., dict[str, Any]]] = {
+            "latents": decode_latents,
+            "class_pictures": decode_class_picture,
+        }
+        return partial(decode[self.kind], **self.options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return {"kind": self.kind, "options": self.options}
+
+
+def format_of(parts: Parts) -> SampleFormat:
+    """Return how the training samples of a model are read."""
+    if parts.stores_latents:
+        return SampleFormat("latents", {"condition_names": list(parts.denoiser().condition_names)})
+    return SampleFormat("class_pictures", picture_options(parts))
+
+
+def picture_decoder(parts: Parts) -> Decode:
+    """Return the function from a picture sample to pixels with caption, or with class for class-conditional models."""
+    if parts.num_classes is not None:
+        return partial(decode_class_picture, **picture_options(parts))
+    return partial(decode_picture, resolution=parts.resolution)
+
+
+def picture_options(parts: Parts) -> dict[str, Any]:
+    """Return what `decode_class_picture` must know of a model."""
+    return {
+        "resolution": parts.resolution,
+        "channels": parts.picture_channels,
+        "num_classes": parts.num_classes,
+    }
+
+
+def sample_batches(
     shards: str,
     *,
-    resolution: int,
+    decode: Decode,
     storage: Storage,
     stream: StreamSettings,
     global_batch_size: int,
@@ -23,53 +78,55 @@ def picture_batches(
     rank: int,
     world_size: int,
 ) -> ShardStream:
-    """Return batches of pixels (uint8) and captions from picture shards."""
+    """Return batches of what `decode` makes of the samples of shards."""
     return ShardStream(
         read_index(shards, storage=storage),
         storage=storage,
-        decode=partial(decode_picture, resolution=resolution),
+        decode=decode,
         global_batch_size=global_batch_size,
         seed=seed,
         rank=rank,
         world_size=world_size,
         **stream.model_dump(),
     )
+
+
+def picture_batches(shards: str, *, resolution: int, **more: Any) -> ShardStream:
+    """Return batches of pixels (uint8) and captions from picture shards."""
+    return sample_batches(shards, decode=partial(decode_picture, resolution=resolution), **more)
 
 
 def latent_batches(
-    shards: str,
-    *,
-    storage: Storage,
-    stream: StreamSettings,
-    global_batch_size: int,
-    seed: int,
-    tokenizer: str | None = None,
-    rank: int,
-    world_size: int,
+    shards: str, *, storage: Storage, tokenizers: Mapping[str, tuple[str, str]] | None = None, **more: Any
 ) -> ShardStream:
-    """Return batches from latent shards: text embeddings, or token ids when the URI of a tokenizer folder is given."""
-    token_ids = None
-    if tokenizer is not None:
-        from transformers import CLIPTokenizer
+    """Return batches from latent shards: text embeddings, or token ids when tokenizers are given.
 
-        loaded = CLIPTokenizer.from_pretrained(str(fetch_model(tokenizer, storage=storage) / "tokenizer"))
+    Args:
+        shards: URI of latent shards.
+        storage: the store.
+        tokenizers: part of the condition -> (URI of a model folder, sub-folder of its tokenizer).
+        more: as for `sample_batches`.
+    """
+    if tokenizers is None:
+        return sample_batches(shards, decode=decode_latents, storage=storage, **more)
+    loaded = {name: _tokenize(uri, folder, storage) for name, (uri, folder) in tokenizers.items()}
+    decode = partial(decode_latents, condition_names=(), token_ids=loaded)
+    return sample_batches(shards, decode=decode, storage=storage, **more)
 
-        def token_ids(prompts):  # type: ignore[no-untyped-def]
-            return loaded(
-                prompts,
-                padding="max_length",
-                max_length=loaded.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
 
-    return ShardStream(
-        read_index(shards, storage=storage),
-        storage=storage,
-        decode=partial(decode_latents, token_ids=token_ids),
-        global_batch_size=global_batch_size,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        **stream.model_dump(),
-    )
+def _tokenize(uri: str, folder: str, storage: Storage) -> Callable[[list[str]], Tensor]:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(fetch_model(uri, storage=storage) / folder))
+
+    def token_ids(prompts: list[str]) -> Tensor:
+        ids: Tensor = tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return ids
+
+    return token_ids

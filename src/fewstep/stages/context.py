@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from fewstep.data.emoji.dataset import SPLITS, Split
 from fewstep.errors import FewstepError
-from fewstep.models import load_parts
+from fewstep.models import StudentKind, load_model
 from fewstep.recipe import Recipe, StageName, digest
+from fewstep.stages.batches import SampleFormat
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -50,6 +51,8 @@ class Artifact:
 
     def models(self) -> dict[str, str]:
         """Return the MODEL URIs of what the stage made, by a label for people; empty for stages that make no model."""
+        if "converted" in self.facts:
+            return {"converted teacher": self.facts["teacher"]}
         if "network" in self.facts:
             return {"teacher": join(self.uri, "export")}
         if "training" in self.facts:
@@ -59,8 +62,14 @@ class Artifact:
                 f"{name}, {each['alias']}": f"models:/{name}/{each['version']}"
                 for name, each in self.facts["models"].items()
             }
-        students = sorted(self.facts.get("students", {}).items(), key=lambda item: -int(item[0]))
-        return {f"student, {steps} step{'' if steps == '1' else 's'}": each["uri"] for steps, each in students}
+        students = list(self.facts.get("students", {}).values())
+        students.sort(key=lambda each: (each["kind"], -each["num_inference_steps"]))
+        return {_in_words(each["kind"], each["num_inference_steps"]): each["uri"] for each in students}
+
+
+def _in_words(kind: str, steps: int) -> str:
+    what = "student" if kind == "deterministic" else f"{kind} student"
+    return f"{what}, {steps} step{'' if steps == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,23 @@ class StageContext:
         return shards_uri(self.recipe, self.storage, split)
 
     def teacher(self) -> str:
-        """Return the URI of the teacher whose latents and embeddings the encode stage stored."""
-        return str(self.artifact("encode").facts["teacher"])
+        """Return the URI of the teacher to distill: the one that encode pinned, or what convert made of it."""
+        return str(self._teacher_facts()["teacher"])
+
+    def teacher_digest(self) -> str:
+        """Return the digest of the teacher to distill."""
+        return str(self._teacher_facts()["teacher_digest"])
+
+    def _teacher_facts(self) -> dict[str, Any]:
+        return self.artifact("convert" if "convert" in self.recipe.stages else "encode").facts
+
+    def sample_format(self) -> SampleFormat:
+        """Return how the training samples are read."""
+        return SampleFormat(**self.artifact("encode").facts["format"])
 
     def latents(self, split: Literal["train", "evaluate"]) -> str:
-        """Return the URI of the latent shards that the encode stage made of a split."""
+        """Return the URI of the shards that a network is trained on: the latents that the encode stage made of a split,
+        or for a model in pixels its pictures."""
         return str(self.artifact("encode").facts[split]["uri"])
 
     def fetch(self, uri: str) -> Path:
@@ -148,7 +169,7 @@ def pin_teacher(context: StageContext) -> str:
         return Registry(context.tracker).get(uri).uri
     folder = Path(uri).expanduser()
     if "://" not in uri and not uri.startswith("asset:") and folder.is_dir():
-        load_parts(folder)  # an incomplete model is told before it is stored
+        load_model(folder)  # an incomplete model is told before it is stored
         uri = join(context.storage.root, "teachers", folder_digest(folder)[:16])
         store_once(folder, uri, context.storage)
     return uri
@@ -203,8 +224,12 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     elif stage == "encode":
         data = [_split(recipe, "train"), _split(recipe, "evaluate")]
         inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)}
+    elif stage == "convert":
+        inputs |= {"settings": _dump(recipe.convert), "encode": fingerprint(recipe, "encode"), "stream": stream}
     elif stage == "guidance":
         inputs |= {"settings": _dump(recipe.guidance), "encode": fingerprint(recipe, "encode"), "stream": stream}
+        if "convert" in recipe.stages:
+            inputs["convert"] = fingerprint(recipe, "convert")
     elif stage == "progressive":
         inputs["guidance_scale"] = recipe.evaluate.guidance_scale  # of the picture grids
         inputs |= {"settings": _dump(recipe.progressive), "guidance": fingerprint(recipe, "guidance"), "stream": stream}
@@ -271,24 +296,50 @@ def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest:
     )
 
 
-def rung_fingerprint(recipe: Recipe, num_inference_steps: int, *, before: str) -> str:
+def convert_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: str) -> str:
+    """Return a digest of what a converted teacher's weights depend on; arguments as for `guidance_fingerprint`."""
+    return digest(
+        {
+            "settings": _dump(recipe.convert),
+            "teacher": teacher_digest,
+            "latents": latents_digest,
+            "stream": _order(recipe),
+            "seed": recipe.seed,
+            "format": _FORMAT,
+        }
+    )
+
+
+def rung_fingerprint(recipe: Recipe, kind: StudentKind, num_inference_steps: int, *, before: str) -> str:
     """Return a digest of one rung and all that it builds on; a change to a later rung leaves it as it is.
 
     Args:
         recipe: the recipe.
+        kind: of the ladder.
         num_inference_steps: the rung.
         before: fingerprint of the rung before it; of stage one for the first.
     """
     assert recipe.progressive is not None
-    settings = recipe.progressive.rung(num_inference_steps).of_the_weights()
+    stage = recipe.progressive
+    # What another rung or another ladder is told does not matter to this one.
+    own = stage.model_dump(mode="json", exclude={"ladder", "updates", "train", "kinds", "first_teacher_steps"})
+    own |= {key: own[key].get(str(num_inference_steps), own[key].get(num_inference_steps)) for key in _BY_STEPS}
+    own["skip_level"] = None  # it shows in the rung before, and in the number of its steps
+    if kind != "naive":
+        own["guided_share"] = None
     return digest(
         {
             "rung": num_inference_steps,
-            "settings": settings,
-            "loss_weight": recipe.progressive.loss_weight,
+            "kind": kind,
+            "teacher_steps": stage.teacher_of(num_inference_steps)[1],
+            "settings": stage.rung(num_inference_steps).of_the_weights(),
+            "stage": own,
             "before": before,
         }
     )
+
+
+_BY_STEPS = ("start_times", "prediction_type")
 
 
 def _order(recipe: Recipe) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 
 from fewstep.data.latents import latent_sample
-from fewstep.data.pictures import decode_picture
+from fewstep.data.masks import MaskSettings, random_mask
 from fewstep.data.shards import Shard, read_index, write_index, write_shard
 from fewstep.data.source import Decode, SampleCounts, iterate_shard
-from fewstep.models import TextToImageParts, load_parts
+from fewstep.models import Parts, load_model
+from fewstep.stages.batches import format_of, picture_decoder
 from fewstep.stages.context import StageContext, folder_digest, latents_fingerprint, pin_teacher
 from fewstep.stages.device import driver_device
 from fewstep.stages.progress import Progress
@@ -26,11 +27,18 @@ def encode(context: StageContext) -> dict[str, Any]:
     recipe = context.recipe
     teacher = pin_teacher(context)
     folder = context.fetch(teacher)
-    parts = load_parts(folder).to(driver_device(recipe.cluster))
-    facts: dict[str, Any] = {"teacher": teacher, "teacher_digest": folder_digest(folder)}
+    parts = load_model(folder).to(driver_device(recipe.cluster))
+    facts: dict[str, Any] = {
+        "teacher": teacher,
+        "teacher_digest": folder_digest(folder),
+        "format": format_of(parts).to_json(),
+    }
     splits: tuple[Literal["train", "evaluate"], ...] = ("train", "evaluate")
     for split in splits:
         shards = context.shards(split)
+        if not parts.stores_latents:
+            facts[split] = _pictures(shards, context.storage)
+            continue
         name = latents_fingerprint(
             recipe,
             shards_digest=read_index(shards, storage=context.storage).digest,
@@ -43,7 +51,8 @@ def encode(context: StageContext) -> dict[str, Any]:
             storage=context.storage,
             batch_size=recipe.encode.batch_size,
             max_bad_share=recipe.stream.max_bad_share,
-            with_text=True,
+            masks=recipe.encode.masks if "mask" in parts.denoiser().condition_names else None,
+            seed=recipe.seed,
             label=f"encode {split}",
         )
         context.run.log_metrics(
@@ -52,15 +61,30 @@ def encode(context: StageContext) -> dict[str, Any]:
     return facts
 
 
+def _pictures(shards: str, storage: Storage) -> dict[str, Any]:
+    """Return the facts of a split that is trained on as it is, in pixels."""
+    index = read_index(shards, storage=storage)
+    return {
+        "uri": shards,
+        "digest": index.digest,
+        "source_digest": index.digest,
+        "num_samples": index.num_samples,
+        "num_shards": len(index.shards),
+        "skipped": {},
+    }
+
+
 def encode_shards(
     source: str,
     target: str,
     *,
-    parts: TextToImageParts,
+    parts: Parts,
     storage: Storage,
     batch_size: int,
     max_bad_share: float,
-    with_text: bool,
+    with_condition: bool = True,
+    masks: MaskSettings | None = None,
+    seed: int = 0,
     label: str,
 ) -> dict[str, Any]:
     """Write the latent shards of picture shards; return their address, digest and size, and what was skipped.
@@ -70,10 +94,12 @@ def encode_shards(
 
     Args:
         source, target: URIs of the picture shards and of the latent shards.
-        parts: VAE, and text encoder when `with_text`.
+        parts: VAE, and text encoder when `with_condition`.
         batch_size: pictures encoded at once.
         max_bad_share: share of broken samples above which it is an error.
-        with_text: whether text embeddings are stored beside the latents.
+        with_condition: whether text embeddings (or labels, masks …) are stored beside the latents.
+        masks: for inpainting: how the mask of each picture is drawn; None: none is.
+        seed: of the masks.
         label: for the progress.
 
     Raises:
@@ -81,7 +107,7 @@ def encode_shards(
     """
     index = read_index(source, storage=storage)
     counts = SampleCounts(max_bad_share, index.num_samples)
-    decode = partial(decode_picture, resolution=parts.resolution)
+    decode = picture_decoder(parts)
     written: list[Shard] = []
     record_uris = [join(target, "records", f"{number:05d}.json") for number in range(len(index.shards))]
     records = [_read_record(uri, shard, storage) for uri, shard in zip(record_uris, index.shards, strict=True)]
@@ -91,8 +117,8 @@ def encode_shards(
             uri = join(target, f"{number:05d}.tar")
             if record is None:
                 record = _encode_shard(
-                    shard, uri, parts=parts, storage=storage, batch_size=batch_size, with_text=with_text, counts=counts,
-                    decode=decode, progress=progress,
+                    shard, uri, parts=parts, storage=storage, batch_size=batch_size, counts=counts,
+                    with_condition=with_condition, masks=masks, seed=seed, decode=decode, progress=progress,
                 )  # fmt: skip
                 storage.write_json(record_uris[number], {**record, "source": _source(shard)})
             else:
@@ -127,17 +153,21 @@ def _encode_shard(
     shard: Shard,
     uri: str,
     *,
-    parts: TextToImageParts,
+    parts: Parts,
     storage: Storage,
     batch_size: int,
-    with_text: bool,
+    with_condition: bool,
+    masks: MaskSettings | None,
+    seed: int,
     counts: SampleCounts,
     decode: Decode,
     progress: Progress,
 ) -> dict[str, Any]:
     before = counts.copy()
     samples = iterate_shard(shard, storage=storage, decode=decode, counts=counts)
-    encoded = list(_encoded(samples, parts, batch_size, with_text, progress))
+    if masks is not None:
+        samples = _masked(samples, masks, parts.resolution, seed)
+    encoded = list(_encoded(samples, parts, batch_size, with_condition, progress))
     skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
     record: dict[str, Any] = {"shard": None, "seen": counts.seen - before.seen, "skipped": skipped}
     progress.advance(record["seen"] - len(encoded))
@@ -149,17 +179,25 @@ def _encode_shard(
 
 
 def _encoded(
-    samples: Iterable[dict[str, Any]], parts: TextToImageParts, batch_size: int, with_text: bool, progress: Progress
+    samples: Iterable[dict[str, Any]], parts: Parts, batch_size: int, with_condition: bool, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     for batch in _batched(samples, batch_size):
         mean, std = parts.encode_pictures(torch.stack([sample["pixels"] for sample in batch]))
-        captions = [sample["caption"] for sample in batch]
-        text = parts.encode_prompts(captions) if with_text else None
+        condition = parts.conditions(batch) if with_condition else {}
         for row, sample in enumerate(batch):
-            yield latent_sample(
-                sample["key"], captions[row], mean[row], std[row], text[row] if text is not None else None
-            )
+            of_row = {name: value[row] for name, value in condition.items()}
+            yield latent_sample(sample["key"], sample.get("caption", ""), mean[row], std[row], of_row)
         progress.advance(len(batch))
+
+
+def _masked(
+    samples: Iterable[dict[str, Any]], masks: MaskSettings, resolution: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        # A mask belongs to its sample: encoding the shard again, or another one before it, draws the same.
+        key = hashlib.blake2b(f"{seed}/{sample['key']}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        yield {**sample, "mask": random_mask(resolution, resolution, settings=masks, generator=generator)}
 
 
 def _batched(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

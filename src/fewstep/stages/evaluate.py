@@ -133,7 +133,7 @@ def _check_fits(student: TextToImageParts, teacher: TextToImageParts, name: str)
     """Refuse a student of another teacher: sampled with this one's times and embeddings, its figures would be wrong."""
     same = (
         student.prediction_type == teacher.prediction_type
-        and torch.equal(student.schedule.alphas, teacher.schedule.alphas)
+        and student.schedule.same_as(teacher.schedule)
         and student.latent_shape == teacher.latent_shape
         and torch.allclose(student.encode_prompts(["a"]), teacher.encode_prompts(["a"]), atol=1e-3)
     )

@@ -8,17 +8,16 @@ from itertools import islice
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DConditionModel
 from torch import nn
 
-from fewstep.data.latents import decode_latents
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.data.stream import stack_samples
+from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import GuidanceObjective, GuidedError, guided_relative_error
 from fewstep.distill.settings import GuidanceSettings
-from fewstep.models import StudentInfo, TextToImageParts, load_parts, save_student
-from fewstep.stages.batches import latent_batches
+from fewstep.models import Parts, StudentInfo, load_model, save_student
+from fewstep.stages.batches import sample_batches
 from fewstep.stages.context import StageContext, guidance_fingerprint
 from fewstep.stages.device import driver_device
 from fewstep.storage import Storage, join
@@ -37,15 +36,16 @@ def guidance(context: StageContext) -> dict[str, Any]:
     assert settings is not None
     encoded = context.artifact("encode").facts
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
+    w_min, w_max = settings.weights
     info = StudentInfo(
         stage="guidance",
         num_inference_steps=None,
-        w_min=settings.w_min,
-        w_max=settings.w_max,
+        w_min=w_min,
+        w_max=w_max,
         guidance_scale=recipe.evaluate.guidance_scale,
         teacher=teacher.uri,
         fingerprint=guidance_fingerprint(
-            recipe, teacher_digest=encoded["teacher_digest"], latents_digest=encoded["train"]["digest"]
+            recipe, teacher_digest=context.teacher_digest(), latents_digest=encoded["train"]["digest"]
         ),
     )
     job = TrainJob(
@@ -53,14 +53,15 @@ def guidance(context: StageContext) -> dict[str, Any]:
         fingerprint=info.fingerprint,
         objective=partial(_objective, settings, teacher),
         batches=partial(
-            latent_batches,
+            sample_batches,
             context.latents("train"),
+            decode=context.sample_format().decoder(),
             storage=storage,
             stream=recipe.stream,
             global_batch_size=settings.train.global_batch_size,
             seed=recipe.seed,
         ),
-        export=partial(export_student, teacher, info),
+        export=partial(export_student, teacher, info, settings.prediction_type),
         settings=settings.train,
         seed=recipe.seed,
         num_streams=recipe.stream.num_streams,
@@ -98,28 +99,33 @@ class TeacherSource:
     storage: Storage
     tracking: TrackingSettings
 
-    def load(self) -> TextToImageParts:
+    def load(self) -> Parts:
         """Return the teacher's parts, fetched if this machine does not have them."""
-        return load_parts(fetch_model(self.uri, storage=self.storage, tracking=self.tracking))
+        return load_model(fetch_model(self.uri, storage=self.storage, tracking=self.tracking))
 
 
-def export_student(teacher: TeacherSource, info: StudentInfo, network: nn.Module, folder: str) -> None:
+def export_student(
+    teacher: TeacherSource,
+    info: StudentInfo,
+    prediction_type: PredictionType | None,
+    network: nn.Module,
+    folder: str,
+) -> None:
     """Write a student's diffusers folder; the `export` of the training jobs of both stages."""
-    assert isinstance(network, UNet2DConditionModel)
-    save_student(folder, teacher.load(), network, info)
+    save_student(folder, teacher.load(), network, info, prediction_type=prediction_type)
 
 
 def _objective(settings: GuidanceSettings, source: TeacherSource, device: torch.device) -> GuidanceObjective:
-    parts = source.load().to(device)
+    w_min, w_max = settings.weights
     return GuidanceObjective(
-        parts.unet,
-        null_embedding=parts.encode_prompts([""]),
-        schedule=parts.schedule,
-        prediction_type=parts.prediction_type,
-        w_min=settings.w_min,
-        w_max=settings.w_max,
+        source.load().to(device).denoiser(),
+        w_min=w_min,
+        w_max=w_max,
         embedding_dim=settings.embedding_dim,
         loss_weight=settings.loss_weight,
+        error=settings.error,
+        prediction_type=settings.prediction_type,
+        pure_noise_at_end=settings.pure_noise_at_end,
     )
 
 
@@ -127,9 +133,9 @@ def _relative_errors(context: StageContext, student_uri: str) -> GuidedError:
     settings = context.recipe.guidance
     assert settings is not None
     device = driver_device(context.recipe.cluster)
-    teacher = load_parts(context.fetch(context.teacher())).to(device)
-    student = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
-    samples = held_out_samples(context.storage, context.latents("evaluate"), settings.num_validation)
+    teacher = load_model(context.fetch(context.teacher())).to(device)
+    student = load_model(fetch_model(student_uri, storage=context.storage)).to(device)
+    samples = held_out_samples(context, settings.num_validation)
     batches = [
         {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         for batch in (
@@ -138,23 +144,18 @@ def _relative_errors(context: StageContext, student_uri: str) -> GuidedError:
         )
     ]
     # Between the ends and off any round number: none of these weights is drawn in training.
-    low, high = settings.w_min, settings.w_max
-    weights = [round(low + (high - low) * share, 3) for share in (0.02, 0.26, 0.51, 0.74, 0.98)]
+    low, high = settings.weights
+    weights = sorted({round(low + (high - low) * share, 3) for share in (0.02, 0.26, 0.51, 0.74, 0.98)})
     return guided_relative_error(
-        teacher.unet,
-        student.unet,
-        batches,
-        null_embedding=teacher.encode_prompts([""]),
-        schedule=teacher.schedule,
-        prediction_type=teacher.prediction_type,
-        weights=weights,
-        seed=context.recipe.seed,
+        teacher.denoiser(), student.denoiser(), batches, weights=weights, seed=context.recipe.seed
     )
 
 
-def held_out_samples(storage: Storage, uri: str, count: int) -> list[dict[str, Any]]:
-    """Return the first samples of the latent shards below `uri`."""
-    shards = read_index(uri, storage=storage).shards
+def held_out_samples(context: StageContext, count: int) -> list[dict[str, Any]]:
+    """Return the first held-out samples, as a network is trained on them."""
+    storage = context.storage
+    shards = read_index(context.latents("evaluate"), storage=storage).shards
     # What cannot be used was counted when the latents were made.
     counts = SampleCounts(max_bad_share=1.0)
-    return list(islice(iterate_samples(shards, storage=storage, decode=decode_latents, counts=counts), count))
+    decode = context.sample_format().decoder()
+    return list(islice(iterate_samples(shards, storage=storage, decode=decode, counts=counts), count))

@@ -1,4 +1,4 @@
-"""progressive: stage two, the halving ladder; one student is kept for every step count."""
+"""progressive: stage two, the ladders; one student is kept for every step count."""
 
 from __future__ import annotations
 
@@ -6,62 +6,87 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 
-from fewstep.diffusion import ddim
-from fewstep.distill import LossWeight, ProgressiveObjective
-from fewstep.models import StudentInfo, initial_noise, load_parts, student_model
-from fewstep.stages.batches import latent_batches
+from fewstep.distill import NaiveProgressiveObjective, Objective, ProgressiveObjective
+from fewstep.distill.settings import ProgressiveSettings, student_label
+from fewstep.models import StudentInfo, StudentKind, load_model
+from fewstep.stages.batches import sample_batches
 from fewstep.stages.context import StageContext, rung_fingerprint
-from fewstep.stages.device import driver_device
-from fewstep.stages.guidance import TeacherSource, export_student, held_out_samples
+from fewstep.stages.grids import picture_grid
+from fewstep.stages.guidance import TeacherSource, export_student
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.lineage import lineage
 from fewstep.train.job import TrainJob
 from fewstep.train.run import finished_result, run_training, trained_by
 
-_GRID_PROMPTS = 16
-
 
 def progressive(context: StageContext) -> dict[str, Any]:
-    """Train every rung from the one before it; each is a run of its own, with a picture grid."""
+    """Train every rung of every ladder from the one before it; each is a run of its own, with a picture grid."""
+    settings = context.recipe.progressive
+    assert settings is not None
+    students: dict[str, Any] = {}
+    for kind in settings.kinds:
+        students |= _ladder(context, kind)
+    return {
+        "students": students,
+        "training_seconds": sum(student["training"]["seconds"] for student in students.values()),
+        "reused": all(student.pop("reused") for student in students.values()),
+    }
+
+
+def _ladder(context: StageContext, kind: StudentKind) -> dict[str, Any]:
+    """Train the rungs of one ladder; returns what is known of each student, by its label."""
     recipe, storage = context.recipe, context.storage
     settings = recipe.progressive
     assert settings is not None
     assert recipe.guidance is not None
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
     stage_one = context.artifact("guidance").facts
-    before, fingerprint = stage_one["training"]["export_uri"], stage_one["fingerprint"]
-    students: dict[str, Any] = {}
-    reused, seconds = True, 0.0
+    # The naive ladder begins with the guided teacher itself.
+    first = {
+        "uri": stage_one["training"]["export_uri"],
+        "fingerprint": stage_one["fingerprint"],
+        "prediction_type": recipe.guidance.prediction_type,
+    }
+    if kind == "naive":
+        first = {"uri": teacher.uri, "fingerprint": context.teacher_digest(), "prediction_type": None}
+    rungs: dict[int | None, dict[str, Any]] = {None: first}
+    w_min, w_max = recipe.guidance.weights
     for steps in settings.ladder:
-        fingerprint = rung_fingerprint(recipe, steps, before=fingerprint)
+        taught_by, teacher_steps = settings.teacher_of(steps)
+        before = rungs[taught_by]
+        fingerprint = rung_fingerprint(recipe, kind, steps, before=before["fingerprint"])
+        label = student_label(kind, steps)
         info = StudentInfo(
             stage="progressive",
             num_inference_steps=steps,
-            w_min=recipe.guidance.w_min,
-            w_max=recipe.guidance.w_max,
+            w_min=w_min,
+            w_max=w_max,
             guidance_scale=recipe.evaluate.guidance_scale,
             teacher=teacher.uri,
             fingerprint=fingerprint,
+            kind=kind,
+            start_times=settings.start_times.get(steps) if kind == "deterministic" else None,
         )
         train = settings.rung(steps)
-        name = f"{steps} step{'s' if steps > 1 else ''}"
+        prediction_type = settings.prediction_type.get(steps, before["prediction_type"])
+        name = f"{steps} step{'s' if steps > 1 else ''}" + ("" if kind == "deterministic" else f" {kind}")
         job = TrainJob(
             name=name,
             fingerprint=info.fingerprint,
-            objective=partial(_objective, settings.loss_weight, before, info, storage),
+            objective=partial(_objective, settings, before["uri"], teacher_steps, info, storage, teacher),
             batches=partial(
-                latent_batches,
+                sample_batches,
                 context.latents("train"),
+                decode=context.sample_format().decoder(),
                 storage=storage,
                 stream=recipe.stream,
                 global_batch_size=train.global_batch_size,
                 # Another order for each rung: the first samples are no more seen than the others.
                 seed=recipe.seed + steps,
             ),
-            export=partial(export_student, teacher, info),
+            export=partial(export_student, teacher, info, prediction_type),
             settings=train,
             seed=recipe.seed + steps,
             num_streams=recipe.stream.num_streams,
@@ -72,53 +97,53 @@ def progressive(context: StageContext) -> dict[str, Any]:
             f"progressive {name}", key=f"{recipe.name}/{recipe.digest()}/{info.fingerprint}", parent=context.parent
         ) as run:
             run.log_params(train)
-            reused = reused and finished_result(job, storage=storage, uri=uri) is not None
+            reused = finished_result(job, storage=storage, uri=uri) is not None
             result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=run.handle())
             # A rung that an earlier recipe trained has its curves there, and here its end.
             run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)
-            run.log_image(_grid(context, result.export_uri, steps), f"samples_{steps}", step=result.updates)
-        before, seconds = result.export_uri, seconds + result.seconds
-        students[str(steps)] = {
+            run.log_image(picture_grid(context, result.export_uri), f"samples_{label}", step=result.updates)
+        rungs[steps] = {
             "uri": result.export_uri,
             "training": result.to_json(),
             "fingerprint": info.fingerprint,
             "code": trained_by(storage=storage, uri=uri),
+            "kind": kind,
+            "num_inference_steps": steps,
+            "prediction_type": prediction_type,
+            "reused": reused,
         }
-    return {"students": students, "training_seconds": seconds, "reused": reused}
+    return {student_label(kind, steps): rungs[steps] for steps in settings.ladder}
 
 
 def _objective(
-    loss_weight: LossWeight, before: str, info: StudentInfo, storage: Storage, device: torch.device
-) -> ProgressiveObjective:
-    parts = load_parts(fetch_model(before, storage=storage)).to(device)
+    settings: ProgressiveSettings,
+    before: str,
+    teacher_steps: int,
+    info: StudentInfo,
+    storage: Storage,
+    source: TeacherSource,
+    device: torch.device,
+) -> Objective:
     assert info.num_inference_steps is not None
+    steps = info.num_inference_steps
+    shared: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "teacher_steps": teacher_steps,
+        "w_min": info.w_min,
+        "w_max": info.w_max,
+        "loss_weight": settings.loss_weight,
+        "error": settings.error,
+    }
+    if info.kind == "naive":
+        parts = source.load() if before == source.uri else load_model(fetch_model(before, storage=storage))
+        return NaiveProgressiveObjective(parts.to(device).denoiser(), guided_share=settings.guided_share, **shared)
     return ProgressiveObjective(
-        parts.unet,
-        schedule=parts.schedule,
-        prediction_type=parts.prediction_type,
-        num_inference_steps=info.num_inference_steps,
-        w_min=info.w_min,
-        w_max=info.w_max,
-        loss_weight=loss_weight,
+        load_model(fetch_model(before, storage=storage)).to(device).denoiser(),
+        kind=info.kind,
+        start_times=info.start_times,
+        prediction_type=settings.prediction_type.get(steps),
+        pure_noise_at_end=settings.pure_noise_at_end,
+        trajectory_inputs=settings.trajectory_inputs and info.kind == "deterministic",
+        denoising_weight=settings.denoising_weight,
+        **shared,
     )
-
-
-def _grid(context: StageContext, student_uri: str, steps: int) -> Image.Image:
-    """Return 4 × 4 pictures of the first held-out prompts, each from its own fixed noise."""
-    device = driver_device(context.recipe.cluster)
-    parts = load_parts(fetch_model(student_uri, storage=context.storage)).to(device)
-    held_out = held_out_samples(context.storage, context.latents("evaluate"), _GRID_PROMPTS)
-    embeddings = parts.encode_prompts([sample["caption"] for sample in held_out])
-    latents = ddim(
-        student_model(parts.unet, embeddings, context.recipe.evaluate.guidance_scale - 1),
-        initial_noise(range(len(held_out)), parts.latent_shape, device=device),
-        schedule=parts.schedule,
-        prediction_type=parts.prediction_type,
-        num_inference_steps=steps,
-    )
-    pictures = parts.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
-    side = parts.resolution
-    sheet = Image.new("RGB", (4 * side, 4 * side), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (number % 4 * side, number // 4 * side))
-    return sheet

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
-from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.distill import AutoencoderObjective, DenoisingObjective, TextToImageNetwork
 from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, add_pooled_text, load_parts
 from fewstep.recipe import TeacherStage, digest
@@ -57,7 +56,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
         storage=context.storage,
         batch_size=recipe.encode.batch_size,
         max_bad_share=recipe.stream.max_bad_share,
-        with_text=False,
+        with_condition=False,
         label="encode for the teacher",
     )
     network = _train(
@@ -69,7 +68,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
             batches=partial(
                 latent_batches,
                 latents,
-                tokenizer=begin,
+                tokenizers={"token_ids": (begin, "tokenizer")},
                 storage=context.storage,
                 stream=recipe.stream,
                 global_batch_size=settings.train.global_batch_size,
@@ -194,11 +193,11 @@ def _denoising_objective(
 ) -> DenoisingObjective:
     parts = load_parts(fetch_model(begin, storage=storage))
     network = TextToImageNetwork(parts.unet, parts.text_encoder).requires_grad_(True).train()
+    model = network.denoiser(
+        null_token_ids=parts.token_ids([""])[0], schedule=parts.schedule, prediction_type=parts.prediction_type
+    )
     return DenoisingObjective(
-        network,
-        schedule=NoiseSchedule.from_scheduler_config(parts.scheduler_config),
-        prediction_type=parts.prediction_type,
-        null_token_ids=parts.token_ids([""])[0],
+        model,
         condition_dropout=settings.condition_dropout,
         loss_weight=settings.loss_weight,
     )

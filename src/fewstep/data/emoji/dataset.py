@@ -6,18 +6,15 @@ import io
 import json
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fewstep.data.emoji.catalogue import CATEGORIES, Concept, concepts
 from fewstep.data.emoji.drawing import STYLES, has_drawing
 from fewstep.data.emoji.scenes import compose, describe, random_scene
-
-#: train: concepts that are trained on. evaluate: scenes of the held-out concepts alone. alignment: other scenes of the
-#: training concepts, which no generator is trained on, to fit the scorer of text alignment with.
-Split = Literal["train", "evaluate", "alignment"]
-SPLITS: tuple[Split, ...] = ("train", "evaluate", "alignment")
+from fewstep.data.splits import SPLITS, Split
+from fewstep.errors import DataError
 
 
 class EmojiSettings(BaseModel):
@@ -32,6 +29,11 @@ class EmojiSettings(BaseModel):
     samples_per_shard: int = Field(500, ge=1, description="samples in one tar")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="share of concepts held out from all training")
     categories: tuple[str, ...] = Field(CATEGORIES, description="Unicode categories that are used")
+    classes: bool = Field(
+        False,
+        description="scenes of one emoji alone, each with its category as its class (member .cls), for teachers "
+        "that are given a class instead of a prompt",
+    )
     seed: int = Field(0, description="seed of the scenes")
 
     def num_samples(self, split: Split) -> int:
@@ -39,14 +41,27 @@ class EmojiSettings(BaseModel):
         return {"train": self.num_train, "evaluate": self.num_evaluate, "alignment": self.num_alignment}[split]
 
 
+def class_names(settings: EmojiSettings) -> tuple[str, ...]:
+    """Return the name of each class, by label: the categories in alphabetical order.
+
+    Raises:
+        DataError: the settings ask for no classes.
+    """
+    if not settings.classes:
+        raise DataError("the emoji set has no classes under these settings: set `classes: true`")
+    return tuple(sorted(set(settings.categories)))
+
+
 def emoji_samples(settings: EmojiSettings, split: Split) -> Iterator[dict[str, Any]]:
     """Yield the split's samples in the img2dataset layout: `__key__`, and the members png, txt and json as bytes.
 
-    Every sample is a function of (seed, split, its number) alone.
+    With `settings.classes` there is cls too, the label in ASCII. The scenes of evaluate are those of the held-out
+    concepts, and none of the others'. Every sample is a function of (seed, split, its number) alone.
 
     Raises:
-        DataError: the packages of the extra `[emoji]` are not installed.
+        DataError: the packages of the extra `[emoji]` are not installed, or a category is not known.
     """
+    names = class_names(settings) if settings.classes else ()
     held_out = split == "evaluate"
     pool: list[tuple[Concept, str]] = [
         (concept, style)
@@ -56,7 +71,7 @@ def emoji_samples(settings: EmojiSettings, split: Split) -> Iterator[dict[str, A
     ]
     for number in range(settings.num_samples(split)):
         rng = random.Random(f"{settings.seed}/{split}/{number}")
-        scene = random_scene(rng, pool)
+        scene = random_scene(rng, pool, single=settings.classes)
         caption, level = describe(rng, scene)
         picture = io.BytesIO()
         compose(scene, settings.resolution).save(picture, format="PNG")
@@ -77,9 +92,9 @@ def emoji_samples(settings: EmojiSettings, split: Split) -> Iterator[dict[str, A
             "split": split,
             **STYLES[scene.style],
         }
-        yield {
-            "__key__": key,
-            "png": picture.getvalue(),
-            "txt": caption.encode(),
-            "json": json.dumps(record, sort_keys=True).encode(),
-        }
+        sample = {"__key__": key, "png": picture.getvalue(), "txt": caption.encode()}
+        if settings.classes:
+            name = scene.items[0].concept.category
+            record |= {"label": names.index(name), "name": name}
+            sample["cls"] = str(names.index(name)).encode()
+        yield {**sample, "json": json.dumps(record, sort_keys=True).encode()}

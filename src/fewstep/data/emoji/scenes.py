@@ -60,11 +60,14 @@ class Scene:
     background: str
 
 
-def random_scene(rng: random.Random, pool: list[tuple[Concept, str]]) -> Scene:
-    """Return a scene of one (80 %), two (16 %) or three (4 %) emoji of one style, drawn from (concept, style) pairs."""
+def random_scene(rng: random.Random, pool: list[tuple[Concept, str]], *, single: bool = False) -> Scene:
+    """Return a scene of one (80 %), two (16 %) or three (4 %) emoji of one style, drawn from (concept, style) pairs.
+
+    With `single` it is always one.
+    """
     concept, style = rng.choice(pool)
     background = "white" if rng.random() < 0.5 else rng.choice(list(BACKGROUNDS))
-    count = rng.choices((1, 2, 3), (0.80, 0.16, 0.04))[0]
+    count = 1 if single else rng.choices((1, 2, 3), (0.80, 0.16, 0.04))[0]
     chosen = [concept]
     for _ in range(count - 1):
         alike = [c for c, s in pool if s == style and c.kind == concept.kind]

@@ -84,10 +84,11 @@ gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU, and w
 	@mkdir -p runs/gpu-check
 	$(FEWSTEP) bench train --shape sd15 --json > runs/gpu-check/train.json
 	$(FEWSTEP) bench train --shape sd15 $(GPU_TUNING) --json > runs/gpu-check/train-tuned.json
+	$(FEWSTEP) bench train --shape sd15 --variants checkpoint,channels_last+compile --json > runs/gpu-check/train-variants.json
 	$(FEWSTEP) bench sample --shape sd15 --json > runs/gpu-check/sample.json
 	$(FEWSTEP) bench sample --shape sd15 $(GPU_TUNING) --json > runs/gpu-check/sample-tuned.json
 	$(FEWSTEP) bench sample --shape sd15 --batch-size 1 --json > runs/gpu-check/sample-one.json
-	$(FEWSTEP) bench table runs/gpu-check/{train,train-tuned,sample,sample-tuned,sample-one}.json --into docs/benchmarks.md
+	$(FEWSTEP) bench table runs/gpu-check/{train,train-tuned,train-variants,sample,sample-tuned,sample-one}.json --into docs/benchmarks.md
 
 constraints: install-dev ## Write constraints.txt from what .venv holds
 	{ echo "# The set of versions that the tests ran with, on Python 3.11. Made by: make constraints"; \

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from tiny_bench import CPU, settings, tiny_workload
 
 from fewstep.bench.commands import bench
-from fewstep.bench.result import BEGIN, END
+from fewstep.bench.page import BEGIN, END
 from fewstep.bench.train import bench_workload
 from tiny import tiny_student_folder
 
@@ -69,6 +69,14 @@ def test_page_and_results_must_be_what_they_should(tmp_path: Path) -> None:
             "error: --resolution 500: Input should be a multiple of 64",
         ),
         (["train", "--shape", "sd15", "--device", "cpu", "--tf32"], "error: tf32 would have no effect on a CPU"),
+        (
+            ["train", "--shape", "sd15", "--variants", "compile,fast"],
+            "error: --variants compile,fast: fast is no variant;",
+        ),
+        (
+            ["train", "--shape", "sd15", "--variants", "compile", "--compile"],
+            "error: compile is a variant of its own: name it in variants",
+        ),
         (["sample"], "Name a MODEL, or take --shape sd15."),
         (["sample", "no-such-folder"], "error: 'no-such-folder'"),
         (["sample", "--shape", "sd15", "--teacher-steps", "-1"], "error: --teacher-steps -1"),

@@ -111,7 +111,7 @@ def test_recipe_that_has_encoded_uses_its_own_shards_and_teacher(storage: Storag
     shards = [
         write_shard(
             [
-                latent_sample(f"{s}{k}", "a red apple", torch.randn(4, 4, 4), torch.ones(4, 4, 4), text)
+                latent_sample(f"{s}{k}", "a red apple", torch.randn(4, 4, 4), torch.ones(4, 4, 4), {"text": text})
                 for k in range(8)
             ],
             join(uri, "train", f"{s:05d}.tar"),

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -103,11 +104,12 @@ def test_a_killed_worker_goes_on_bit_for_bit(
     assert list(storage.list(join(bucket_uri, "checkpoints"))) == []  # not kept when done
 
 
+@pytest.mark.parametrize("switches", [{"micro_batch_size": 4}, {"strategy": "fsdp", "ema_device": "cpu"}])
 def test_two_workers_one_of_which_dies_give_the_same_curve(
-    storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path
+    storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path, switches: dict[str, Any]
 ) -> None:
     tracker = FileTracker(str(tmp_path / "figures"))
-    job = toy_job(mischief={"die_at": 8, "died_marker": str(tmp_path / "died")}, **OPTIONS)
+    job = toy_job(mischief={"die_at": 8, "died_marker": str(tmp_path / "died")}, **switches, **OPTIONS)
     result = run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=tracker)
     assert (tmp_path / "died").exists()
     for name in ("loss", "grad_norm", "noise"):
@@ -115,6 +117,7 @@ def test_two_workers_one_of_which_dies_give_the_same_curve(
         assert tracker.by_step(name) == pytest.approx(expected, rel=1e-4)
     ours, theirs = exported(storage, bucket_uri), exported(storage, whole[0])
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    assert all(type(weight) is Tensor for weight in ours.values())
     assert result.figures["skipped/broken"] >= 2  # counted over both workers
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
+from fewstep.bench.options import options
 from fewstep.errors import FewstepError
 from fewstep.plain_errors import plain_errors
 
@@ -21,6 +22,9 @@ Settings = TypeVar("Settings", bound=BaseModel)
 @click.group()
 def bench() -> None:
     """Measure training and sampling on this machine, against the bare network calls and the device's own speed."""
+
+
+bench.add_command(options)
 
 
 def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +76,13 @@ def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--updates", type=int, default=10, show_default=True, help="Measured updates of each round; an even number."
 )
+@click.option(
+    "--variants",
+    metavar="NAME,…",
+    callback=lambda _context, _option, names: tuple(names.split(",")) if names else (),
+    help="Instead of the bare network calls, compare ways to train with each other, in turns: eager (always there), "
+    "channels_last, compile, checkpoint, or several joined by +.",
+)
 @click.option("--dry", is_flag=True, help="Only count the FLOPs of one picture; needs no GPU and no memory.")
 @_speed_options
 @plain_errors
@@ -84,6 +95,7 @@ def train(recipe: Path | None, shape: str | None, dry: bool, as_json: bool, **op
     """
     from fewstep.bench.settings import TrainBenchSettings
     from fewstep.bench.train import bench_train, count_train
+    from fewstep.bench.variants import bench_variants
     from fewstep.recipe import load_recipe
 
     _one_of(recipe, shape, what="a RECIPE")
@@ -91,6 +103,8 @@ def train(recipe: Path | None, shape: str | None, dry: bool, as_json: bool, **op
     loaded = None if recipe is None else load_recipe(recipe)
     if dry:
         _show(count_train(settings, recipe=loaded), as_json)
+    elif settings.variants:
+        _show(bench_variants(settings, recipe=loaded, command=_command()), as_json)
     else:
         _show(bench_train(settings, recipe=loaded, command=_command()), as_json)
 
@@ -140,7 +154,7 @@ def sample(model: str | None, shape: str | None, recipe: Path | None, as_json: b
 @plain_errors
 def table(results: tuple[Path, ...], into: Path) -> None:
     """Write RESULTS, files of what --json printed, as a table into the marked section of a Markdown page."""
-    from fewstep.bench.result import read_result, write_benchmarks_table
+    from fewstep.bench.page import read_result, write_benchmarks_table
 
     write_benchmarks_table([read_result(file) for file in results], into)
     click.echo(str(into))
@@ -170,8 +184,12 @@ def _settings(kind: type[Settings], options: dict[str, Any]) -> Settings:
         return kind.model_validate({**options, "tuning": tuning})
     except ValidationError as error:
         fault = error.errors()[0]
+        words = str(fault["msg"]).removeprefix("Value error, ")
+        if not fault["loc"]:  # of options that do not go together
+            raise FewstepError(words) from error
         name = str(fault["loc"][0]).replace("_", "-")
-        raise FewstepError(f"--{name} {fault['input']}: {fault['msg']}") from error
+        given = ",".join(fault["input"]) if isinstance(fault["input"], tuple) else fault["input"]
+        raise FewstepError(f"--{name} {given}: {words}") from error
 
 
 def _command() -> str:

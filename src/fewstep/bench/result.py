@@ -1,23 +1,18 @@
-"""What a benchmark returns: for machines as JSON, for people as lines, for docs/benchmarks.md as a table."""
+"""What a benchmark returns: for machines as JSON, for people as lines. `page` makes a table of it."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fewstep.bench.device import device_name
-from fewstep.bench.settings import Precision
-from fewstep.errors import FewstepError
-
-BEGIN, END = "<!-- gpu-check: begin -->", "<!-- gpu-check: end -->"
+from fewstep.bench.settings import EAGER, Precision
 
 
 class _Model(BaseModel):
@@ -104,7 +99,7 @@ class Speed(_Model):
             lines.append(
                 ("  the same in CPU time", f"{self.bare_share_cpu_time:.1%} (which other programs hardly change)")
             )
-        return [*lines, ("peak memory", _memory(self.peak_memory_bytes))]
+        return [*lines, ("peak memory", memory(self.peak_memory_bytes))]
 
 
 class TrainBenchResult(Speed):
@@ -131,13 +126,79 @@ class TrainBenchResult(Speed):
         """Return the result for people, one line a figure."""
         lines = [
             *_head(self.environment),
-            ("training", f"{self.workload}, stage {self.stage}, batch {self.batch_size}, {_mode(self)}"),
+            ("training", f"{self.workload}, stage {self.stage}, batch {self.batch_size}, {mode(self)}"),
             ("network", f"{self.network}; {self.parameters / 1e6:,.1f} M weights, latents {_shape(self.latent_shape)}"),
             ("data", self.data),
             *self.speed_lines(),
             ("seconds per update", f"{self.seconds_per_update:.4g}"),
             ("data wait", f"{self.data_wait_share:.2%} of the loop's time"),
         ]
+        return _aligned(lines)
+
+
+class VariantSpeed(_Model):
+    """One way to train beside the others. `peak_memory_bytes` is null on a CPU, where a process's peak never falls."""
+
+    name: str
+    images_per_second: float
+    images_per_second_by_round: list[float]
+    against_eager: float = Field(description="median over the rounds of (eager's time / its time): 2 is twice as fast")
+    against_eager_by_round: list[float]
+    tflops: float
+    mfu: float | None
+    peak_memory_bytes: int | None
+
+    def ratio(self) -> str:
+        """Return `1.31 × (1.28 … 1.33)`, how many times as fast as eager."""
+        low, high = min(self.against_eager_by_round), max(self.against_eager_by_round)
+        return f"{self.against_eager:.3g} × ({low:.3g} … {high:.3g})"
+
+
+class TrainVariantsResult(_Model):
+    """Result of `bench_variants`: the first of the variants is eager, which the others are held against."""
+
+    kind: Literal["train-variants"] = "train-variants"
+    workload: str
+    stage: str
+    network: str
+    data: str
+    parameters: int
+    latent_shape: tuple[int, int, int]
+    precision: Precision
+    tuning: list[str]
+    batch_size: int
+    rounds: int
+    updates: int
+    gflop_per_image: float
+    peak_tflops: float | None
+    variants: list[VariantSpeed]
+    environment: Environment
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as a JSON object."""
+        return self.model_dump(mode="json")
+
+    def table(self) -> str:
+        """Return the result for people, one line a variant."""
+        lines = [
+            *_head(self.environment),
+            ("training", f"{self.workload}, stage {self.stage}, batch {self.batch_size}, {mode(self)}"),
+            ("network", f"{self.network}; {self.parameters / 1e6:,.1f} M weights, latents {_shape(self.latent_shape)}"),
+            ("data", self.data),
+            (
+                "rounds",
+                f"{self.rounds} of {self.updates} updates in turns; figures are medians, with the range of ratios",
+            ),
+        ]
+        for variant in self.variants:
+            said = [f"{variant.images_per_second:.4g} images/s"]
+            if variant.name != EAGER:
+                said.append(f"{variant.ratio()} as fast as eager")
+            if variant.mfu is not None:
+                said.append(f"MFU {variant.mfu:.1%}")
+            if variant.peak_memory_bytes is not None:
+                said.append(f"peak memory {memory(variant.peak_memory_bytes)}")
+            lines.append((variant.name, " · ".join(said)))
         return _aligned(lines)
 
 
@@ -163,7 +224,7 @@ class SampleBenchResult(Speed):
         steps = f"{self.num_inference_steps} step{'s' if self.num_inference_steps > 1 else ''}"
         lines = [
             *_head(self.environment),
-            ("sampling", f"{self.model}, {self.resolution} px, {steps}, batch {self.batch_size}, {_mode(self)}"),
+            ("sampling", f"{self.model}, {self.resolution} px, {steps}, batch {self.batch_size}, {mode(self)}"),
             *self.speed_lines(),
             ("seconds per image", f"{self.seconds_per_image:.4g}"),
         ]
@@ -206,80 +267,7 @@ class FlopsResult(_Model):
         )
 
 
-BenchResult = TrainBenchResult | SampleBenchResult
-
-
-def read_result(file: Path) -> BenchResult:
-    """Return a result that `--json` printed into a file.
-
-    Raises:
-        FewstepError: the file is none.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-        model = SampleBenchResult if '"kind": "sample"' in text else TrainBenchResult
-        return model.model_validate_json(text)
-    except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise FewstepError(
-            f"{file} is not what `fewstep bench train --json` or `bench sample --json` prints ({reason}): run it again"
-        ) from error
-
-
-def write_benchmarks_table(results: Sequence[BenchResult], page: Path) -> None:
-    """Write the results as Markdown into the marked section of a page, in place of what was there.
-
-    Raises:
-        FewstepError: there are no results, or the page has no such section.
-    """
-    if not results:
-        raise FewstepError("there are no results to write: name the JSON files that the benchmarks printed")
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FewstepError(f"the page {page} cannot be read: {error.strerror}") from error
-    section = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
-    if not section.search(text):
-        raise FewstepError(
-            f"{page} has no section between the lines {BEGIN} and {END}: add them where the table belongs"
-        )
-    page.write_text(section.sub(lambda _: f"{BEGIN}\n{_markdown(results)}\n{END}", text, count=1), encoding="utf-8")
-
-
-def _markdown(results: Sequence[BenchResult]) -> str:
-    first = results[0].environment
-    lines = [
-        f"{first.device_name}, torch {first.torch_version}, fewstep {first.fewstep_version}, {first.time_utc[:10]}.",
-        "",
-        "| what | batch | precision, options | images/s | TFLOP/s | MFU | of a matrix product | of bare network time "
-        "| data wait | memory | against the guided teacher |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        if isinstance(result, TrainBenchResult):
-            what = f"{result.workload}, stage {result.stage}"
-            wait, ratio = f"{result.data_wait_share:.2%}", ""
-        else:
-            what = f"{result.model}, {result.num_inference_steps} steps, {result.resolution} px"
-            wait, ratio = (
-                "",
-                "" if result.speedup is None else f"{result.speedup:.3g} × as fast as {result.teacher_steps} steps",
-            )
-        cells = [
-            what,
-            str(result.batch_size),
-            _mode(result),
-            f"{result.images_per_second:.4g}",
-            f"{result.tflops:.4g}",
-            "not known" if result.mfu is None else f"{result.mfu:.1%}",
-            f"{result.matmul_share:.1%}",
-            f"{result.bare_share:.1%}",
-            wait,
-            _memory(result.peak_memory_bytes),
-            ratio,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "```", *(result.environment.command for result in results), "```"])
+BenchResult = TrainBenchResult | TrainVariantsResult | SampleBenchResult
 
 
 def _head(environment: Environment) -> list[tuple[str, str]]:
@@ -289,11 +277,13 @@ def _head(environment: Environment) -> list[tuple[str, str]]:
     ]
 
 
-def _mode(speed: Speed) -> str:
+def mode(speed: Speed | TrainVariantsResult) -> str:
+    """Return the precision and what was switched on: `bfloat16, channels_last`."""
     return ", ".join([speed.precision, *speed.tuning])
 
 
-def _memory(size_bytes: int) -> str:
+def memory(size_bytes: int) -> str:
+    """Return a size in words: `12.34 GiB`."""
     return f"{size_bytes / 2**30:.2f} GiB"
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Stage = Literal["guidance", "progressive"]
 Precision = Literal["float32", "bfloat16"]
 
 
+EAGER = "eager"
+
+#: What `bench train --variants` can switch on, as settings of the training itself.
+SWITCHES: dict[str, dict[str, Any]] = {
+    EAGER: {},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+    "checkpoint": {"gradient_checkpointing": True},
+}
+
+
 class Tuning(BaseModel):
-    """Ways to make a GPU faster; all are off unless asked for, as training and serving themselves use none of them."""
+    """Ways to make a GPU faster; all are off unless asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +56,29 @@ class TrainBenchSettings(_Settings):
     stage: Stage = Field(default="guidance", description="guidance is stage one, progressive a rung of stage two")
     resolution: int = Field(default=512, ge=64, multiple_of=64, description="side in pixels; for the shape sd15 alone")
     updates: int = Field(default=10, ge=2, multiple_of=2, description="measured updates of each round")
+    variants: tuple[str, ...] = Field(
+        default=(),
+        description="ways to train that are compared with each other, not with the bare network calls: eager (always "
+        "there), channels_last, compile, checkpoint, or several joined by +",
+    )
+
+    @field_validator("variants")
+    @classmethod
+    def _check_variants(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
+        strange = [name for variant in variants for name in variant.split("+") if name not in SWITCHES]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)} is no variant; there are {', '.join(SWITCHES)}, and several of them joined by +"
+            )
+        # Each once, and the one that the others are compared with first.
+        return tuple(dict.fromkeys((EAGER, *variants))) if variants else ()
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        both = [name for name in ("channels_last", "compile") if self.variants and getattr(self.tuning, name)]
+        if both:
+            raise ValueError(f"{', '.join(both)} is a variant of its own: name it in variants, or leave variants out")
+        return self
 
 
 class SampleBenchSettings(_Settings):

@@ -22,7 +22,7 @@ from fewstep.diffusion import NoiseSchedule
 from fewstep.diffusion.prediction import check_prediction_type
 from fewstep.distill import GuidanceObjective, ProgressiveObjective
 from fewstep.errors import RecipeError
-from fewstep.models import make_student
+from fewstep.models import make_student, text_denoiser
 from fewstep.recipe import Recipe
 from fewstep.storage import open_storage
 from fewstep.train.in_process import train_in_process
@@ -54,14 +54,14 @@ def bench_train(settings: TrainBenchSettings, *, recipe: Recipe | None = None, c
         FewstepError: no such device, or an option without effect.
     """
     device = resolve_device(settings.device, settings.tuning)
-    with _workload(settings, recipe) as workload, tuned(settings.tuning):
+    with open_workload(settings, recipe) as workload, tuned(settings.tuning):
         return bench_workload(workload, settings, device=device, command=command)
 
 
 def count_train(settings: TrainBenchSettings, *, recipe: Recipe | None = None) -> FlopsResult:
     """Count one picture's FLOPs on meta tensors and run nothing. Raises as `bench_train`."""
-    with _workload(settings, recipe) as workload:
-        flops = _flops(workload, settings)
+    with open_workload(settings, recipe) as workload:
+        flops = flops_of(workload, settings)
         return FlopsResult(
             workload=workload.name,
             stage=settings.stage,
@@ -77,10 +77,10 @@ def bench_workload(
 ) -> TrainBenchResult:
     """Measure one workload on a device; see `bench_train`."""
     environment = Environment.here(device, command)
-    train = _train_settings(workload, settings, device)
+    train = train_settings(workload, settings, device)
     precision = resolve_precision(train.precision, device)
     batch_size, warmup = train.global_batch_size, train.log_every
-    flops = _flops(workload, settings)
+    flops = flops_of(workload, settings)
     matmul_size, matmul_tflops = measure_matmul_tflops(device, precision)
 
     objective = make_objective(workload, settings, device)
@@ -94,17 +94,10 @@ def bench_workload(
         latent_shape=workload.latent_shape,
         text_shape=workload.text_shape,
     )
-    job = TrainJob(
-        name=f"bench {settings.stage}",
-        fingerprint="bench",
-        objective=lambda _: objective,
-        batches=workload.batch_factory(batch_size),
-        export=_export_nothing,
-        settings=train,
-    )
+    job = make_job(objective, workload, settings, train)
     rounds: list[_Round] = []
     for number in range(settings.rounds):
-        loop = _run_loop(job, device)
+        loop = run_loop(job, device)
         bare = calls.run(
             settings.updates, warmup=warmup, optimizer=make_optimizer(objective, train), precision=precision
         )
@@ -164,29 +157,49 @@ def make_objective(
     schedule = NoiseSchedule.from_scheduler_config(workload.scheduler_config)
     prediction_type = check_prediction_type(workload.scheduler_config.get("prediction_type", "epsilon"))
     teacher = workload.build_unet(device)
+    model = text_denoiser(
+        teacher,
+        null_embedding=torch.zeros(1, *workload.text_shape, device=device),
+        schedule=schedule,
+        prediction_type=prediction_type,
+    )
     with torch.device(device):  # the student's weights are made where they will be
         if settings.stage == "guidance":
             return GuidanceObjective(
-                teacher,
-                null_embedding=torch.zeros(1, *workload.text_shape),
-                schedule=schedule,
-                prediction_type=prediction_type,
+                model,
                 w_min=workload.w_min,
                 w_max=workload.w_max,
                 embedding_dim=workload.embedding_dim,
             )
         return ProgressiveObjective(
-            make_student(teacher, embedding_dim=workload.embedding_dim),
-            schedule=schedule,
-            prediction_type=prediction_type,
+            model.with_network(make_student(teacher, embedding_dim=workload.embedding_dim)),
             num_inference_steps=_RUNG,
             w_min=workload.w_min,
             w_max=workload.w_max,
         )
 
 
+def make_job(
+    objective: GuidanceObjective | ProgressiveObjective,
+    workload: TrainWorkload,
+    settings: TrainBenchSettings,
+    train: TrainSettings,
+) -> TrainJob:
+    """Return the training of one objective that was made already; every run of it trains the same networks on."""
+    return TrainJob(
+        name=f"bench {settings.stage}",
+        fingerprint="bench",
+        objective=lambda _: objective,
+        batches=workload.batch_factory(train.global_batch_size),
+        export=_export_nothing,
+        settings=train,
+    )
+
+
 @dataclass(frozen=True)
-class _Loop:
+class LoopRun:
+    """What the loop's own meters say of all windows after the first."""
+
     time: Elapsed
     waited_s: float
     peak_memory_bytes: int
@@ -194,11 +207,11 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Round:
-    loop: _Loop
+    loop: LoopRun
     bare: Elapsed
 
 
-def _run_loop(job: TrainJob, device: torch.device) -> _Loop:
+def run_loop(job: TrainJob, device: torch.device) -> LoopRun:
     """Run the training once and return what its own meters say of all windows after the first."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -212,14 +225,14 @@ def _run_loop(job: TrainJob, device: torch.device) -> _Loop:
     result = train_in_process(job, device=device, on_log=note)
     images = job.settings.log_every * job.settings.global_batch_size
     windows = [(images / figures["images_per_second"], figures["data_wait_share"]) for figures in readings[1:]]
-    return _Loop(
+    return LoopRun(
         time=Elapsed(sum(seconds for seconds, _ in windows), cpu_s[-1] - cpu_s[0]),
         waited_s=sum(seconds * share for seconds, share in windows),
         peak_memory_bytes=result.peak_memory_bytes,
     )
 
 
-def _train_settings(workload: TrainWorkload, settings: TrainBenchSettings, device: torch.device) -> TrainSettings:
+def train_settings(workload: TrainWorkload, settings: TrainBenchSettings, device: torch.device) -> TrainSettings:
     """Return the workload's training settings for one round: a window to warm up and two that are measured."""
     window = settings.updates // 2
     usual = workload.train
@@ -240,7 +253,7 @@ def _train_settings(workload: TrainWorkload, settings: TrainBenchSettings, devic
     )
 
 
-def _flops(workload: TrainWorkload, settings: TrainBenchSettings) -> UpdateFlops:
+def flops_of(workload: TrainWorkload, settings: TrainBenchSettings) -> UpdateFlops:
     return update_flops(
         settings.stage,
         workload.unet_config,
@@ -251,7 +264,7 @@ def _flops(workload: TrainWorkload, settings: TrainBenchSettings) -> UpdateFlops
 
 
 @contextmanager
-def _workload(settings: TrainBenchSettings, recipe: Recipe | None) -> Iterator[TrainWorkload]:
+def open_workload(settings: TrainBenchSettings, recipe: Recipe | None) -> Iterator[TrainWorkload]:
     if recipe is None:
         yield sd15_train_workload(settings.resolution)
         return

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.train.checkpoint import TrainState
+from fewstep.train.parallel import Strategy
 
 
 class Host(Protocol):
-    """One worker's surroundings. `in_process` has the one without Ray, `worker` the one inside Ray Train.
+    """One worker's surroundings. `in_process` has the one without Ray, `worker` the one inside Ray Train; both have the
+    other workers from `parallel`.
 
-    Every worker makes the same calls of `parallel`, `gather`, `mean` and `save` in the same order.
+    Every worker makes the same calls of `parallel`, `shard_frozen`, `whole`, `gather`, `mean` and `save` in the same
+    order.
     """
 
     rank: int
@@ -24,8 +27,18 @@ class Host(Protocol):
     def load(self) -> TrainState | None:
         """Return the newest checkpoint of this training, or None."""
 
-    def parallel(self, network: nn.Module) -> nn.Module:
-        """Return the network wrapped so that gradients are averaged over the workers."""
+    def parallel(self, network: nn.Module, *, strategy: Strategy) -> nn.Module:
+        """Return the network to call, such that gradients are averaged over the workers.
+
+        With fsdp and several workers it is the network itself, whose weights are shards from here on: the optimiser and
+        the average are made after it.
+        """
+
+    def shard_frozen(self, network: nn.Module) -> None:
+        """Share out a network without gradients over the workers, in place; they must have loaded the same weights."""
+
+    def whole(self, network: nn.Module) -> nn.Module:
+        """Return on rank 0 a network of the same class with all its weights; elsewhere it is of no use."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return every worker's value, in order of rank."""

@@ -1,31 +1,31 @@
-"""The same loop without Ray: one worker in this process, checkpoints in a local folder. For benchmarks and tests."""
+"""The same loop without Ray: this process as a worker, checkpoints in a local folder. For benchmarks and tests.
+
+Processes that `torchrun` or the like has joined into a torch.distributed group train together: each makes the same
+calls, and the folder is one that all of them see.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fewstep.train.checkpoint import TrainState, load_state, save_state
 from fewstep.train.job import TrainJob, TrainResult
 from fewstep.train.loop import Trained, train
 from fewstep.train.meters import peak_memory_bytes
+from fewstep.train.parallel import Workers
 
 OnLog = Callable[[int, dict[str, float]], None]
 
 
-class LocalHost:
-    """A single worker; with a folder it keeps checkpoints there, without one it keeps none."""
-
-    rank = 0
-    world_size = 1
+class LocalHost(Workers):
+    """The loop's surroundings here; with a folder it keeps checkpoints there, without one it keeps none."""
 
     def __init__(self, *, device: torch.device, folder: str | None, num_to_keep: int, on_log: OnLog | None) -> None:
-        self.device = device
+        super().__init__(device)
         self.checkpoint_uri = f"{folder}/checkpoints" if folder is not None else "memory"
         self._folder = Path(folder, "checkpoints") if folder is not None else None
         self._num_to_keep = num_to_keep
@@ -34,15 +34,6 @@ class LocalHost:
     def load(self) -> TrainState | None:
         kept = self._kept()
         return load_state(str(kept[-1])) if kept else None
-
-    def parallel(self, network: nn.Module) -> nn.Module:
-        return network
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def mean(self, value: Tensor) -> Tensor:
-        return value
 
     def save(self, state: TrainState | None, *, update: int, last: bool) -> None:
         if self._folder is None or state is None:
@@ -74,12 +65,12 @@ def train_in_process(
     folder: str | None = None,
     on_log: OnLog | None = None,
 ) -> TrainResult:
-    """Run a training in this process and return its result.
+    """Run a training in this process, as its only worker or as one of its torch.distributed group; return its result.
 
     Args:
         device: where to train.
         folder: for `checkpoints/` and `export/`; None writes neither, and nothing can be resumed.
-        on_log: called as on_log(updates_done, figures) after every reading.
+        on_log: called as on_log(updates_done, figures) after every reading, on every worker.
 
     Raises:
         FewstepError: as `loop.train`.
@@ -89,7 +80,7 @@ def train_in_process(
     )
     trained = train(job, host)
     export = ""
-    if folder is not None:
+    if folder is not None and host.rank == 0:
         export = str(Path(folder, "export"))
         shutil.rmtree(export, ignore_errors=True)
         Path(export).mkdir(parents=True)

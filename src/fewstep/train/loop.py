@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.random import RowRandom
-from fewstep.errors import DataError, FewstepError
+from fewstep.errors import DataError
 from fewstep.train.checkpoint import TrainState, add_counts, check_belongs, merge_streams
 from fewstep.train.ema import Ema
+from fewstep.train.finite import FiniteCheck
 from fewstep.train.host import Host
 from fewstep.train.job import TrainJob
-from fewstep.train.meters import Meters, first_not_finite
-from fewstep.train.optimiser import make_optimizer, set_learning_rate
+from fewstep.train.meters import Meters
+from fewstep.train.optimiser import clip_gradients, make_optimizer, set_learning_rate
+from fewstep.train.parallel import gathered, gradient_sync, load_network, load_optimizer
 from fewstep.train.precision import resolve_precision
-from fewstep.train.settings import TrainSettings
+from fewstep.train.prepare import compile_network, prepare_frozen, prepare_network
+from fewstep.train.settings import TrainSettings, wrong_micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the loop ends with: the network carrying the weights to hand over, and how it went."""
+    """What the loop ends with: the network carrying the weights to hand over (whole on rank 0), and how it went."""
 
     network: nn.Module
     meters: Meters
@@ -37,23 +39,30 @@ def train(job: TrainJob, host: Host) -> Trained:
 
     A resumed run does what an uninterrupted one would have done: data position, schedule and random numbers are
     functions of the update index, and network, average and optimiser come from the checkpoint. The network stays in
-    float32; `bfloat16` means autocast around the objective.
+    float32; `bfloat16` means autocast around the objective. The checkpoint holds whole tensors, so that it does not
+    matter how many workers wrote it, or whether in shards.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another recipe.
         DataError: the data ended, or a batch has the wrong number of rows.
-        FewstepError: the loss or the gradient stopped being a finite number; the last good checkpoint stays.
+        FewstepError: the loss or the gradient stopped being a finite number; the last good checkpoint stays. Or a
+            setting has no effect on this objective.
     """
     settings = job.settings
     device = host.device
     rows_per_worker = _rows_per_worker(settings, host)
+    micro_batches = _micro_batches(settings, rows_per_worker)
 
     torch.manual_seed(job.seed)
     objective = job.objective(device)
     network = objective.network.to(device).train()
+    prepare_network(network, settings)
+    model = host.parallel(network, strategy=settings.strategy)  # with fsdp the weights are shards from here on
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = make_optimizer(objective, settings)
-    ema = Ema(network, settings.ema_decay) if settings.ema_decay is not None else None
+    ema = None
+    if settings.ema_decay is not None:
+        ema = Ema(network, settings.ema_decay, every=settings.ema_every, device=settings.ema_device)
     source = job.batches(rank=host.rank, world_size=host.world_size)
 
     # Asked once, of one worker: a training that goes on elsewhere, or on unlike machines, keeps to one type.
@@ -64,8 +73,8 @@ def train(job: TrainJob, host: Host) -> Trained:
     state = host.load()
     if state is not None:
         check_belongs(state, job, uri=host.checkpoint_uri)
-        network.load_state_dict(state.network)
-        optimizer.load_state_dict(state.optimizer)
+        load_network(network, state.network)
+        load_optimizer(optimizer, state.optimizer)
         if ema is not None and state.ema is not None:
             ema.load_state_dict(state.ema)
         source.load_state(state.streams)
@@ -74,10 +83,16 @@ def train(job: TrainJob, host: Host) -> Trained:
     resumed_from = first if state is not None else None
     del state
 
-    model = host.parallel(network)
+    frozen = prepare_frozen(objective, settings, precision)
+    for other in frozen if settings.shard_frozen else ():
+        host.shard_frozen(other)
+    for each in (network, *frozen) if settings.compile else ():
+        compile_network(each, device)
+
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
     stream = iter(source)
     meters = Meters(samples_per_update=settings.global_batch_size, seconds=earlier_s, waited_s=waited_s)
+    finite = FiniteCheck(job, host)
     host.ticked(first)
 
     for update in range(first, settings.updates):
@@ -85,60 +100,63 @@ def train(job: TrainJob, host: Host) -> Trained:
             batch = next(stream, None)
         if batch is None or len(batch.rows) != rows_per_worker:
             raise DataError(_wrong_batch(job, update, rows_per_worker, None if batch is None else len(batch.rows)))
+        finite.note(batch)
 
         # Anything that draws without RowRandom (dropout) depends on the update and the rank, never on the process.
         torch.manual_seed(((job.seed * 1_000_003 + update) * 4_099 + host.rank) % 2**63)
         set_learning_rate(optimizer, settings, update)
-        random = RowRandom(seed=job.seed, step=update, rows=batch.rows, device=device)
-        with autocast:
-            loss, figures = objective.loss(model, _to_device(batch.data, device), random)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip_norm)
+        data = _to_device(batch.data, device)
+        readings = []
+        for rows in micro_batches:
+            random = RowRandom(seed=job.seed, step=update, rows=batch.rows[rows], device=device)
+            with gradient_sync(model, on=rows is micro_batches[-1]):
+                with autocast:
+                    loss, figures = objective.loss(model, _take(data, rows, of=rows_per_worker), random)
+                (loss / len(micro_batches)).backward()  # a mean over the rows, as all micro-batches have as many
+            readings.append({**figures, "loss": loss.detach()})
+        grad_norm = clip_gradients(parameters, settings.grad_clip_norm)
         optimizer.step()
         if ema is not None:
             ema.step(update)
-        meters.add({**figures, "loss": loss, "grad_norm": grad_norm})
+        meters.add({**_mean(readings), "grad_norm": grad_norm})
 
         done = update + 1
         host.ticked(done)
         save_now = done % settings.checkpoint_every == 0 or done == settings.updates
         if save_now or done % settings.log_every == 0:  # the only places where the host waits for the device
-            means, each = meters.read(host.mean)
-            _stop_unless_finite(job, each, done=done, checkpoint_uri=host.checkpoint_uri)
+            means, each_update = meters.read(host.mean)
+            finite.check(each_update, own_losses=meters.own_losses, done=done)
             means["learning_rate"] = optimizer.param_groups[0]["lr"]
             if save_now:
-                _stop_unless_weights_finite(job, parameters, done=done, checkpoint_uri=host.checkpoint_uri)
+                finite.check_weights(parameters, done=done)
                 positions = host.gather((batch.state, batch.counts))
                 skipped = add_counts([skipped_before, *(counts for _, counts in positions)])
                 means |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
-                host.save(
-                    TrainState(
-                        fingerprint=job.fingerprint,
-                        settings=settings.of_the_weights(),
-                        update=done,
-                        network=network.state_dict(),
-                        ema=ema.state_dict() if ema is not None else None,
-                        optimizer=optimizer.state_dict(),
-                        streams=merge_streams([state for state, _ in positions]),
-                        skipped=skipped,
-                        figures=means,
-                        seconds=meters.seconds,
-                        waited_s=meters.waited_s,
-                        precision=precision,
-                    )
-                    if host.rank == 0
-                    else None,
+                on_rank_0 = host.rank == 0
+                state = TrainState(
+                    fingerprint=job.fingerprint,
+                    settings=settings.of_the_weights(),
                     update=done,
-                    last=done == settings.updates,
+                    network=gathered(network.state_dict(), keep=on_rank_0),
+                    ema=gathered(ema.state_dict(), keep=on_rank_0) if ema is not None else None,
+                    optimizer=gathered(optimizer.state_dict(), keep=on_rank_0),
+                    streams=merge_streams([state for state, _ in positions]),
+                    skipped=skipped,
+                    figures=means,
+                    seconds=meters.seconds,
+                    waited_s=meters.waited_s,
+                    precision=precision,
                 )
+                host.save(state if on_rank_0 else None, update=done, last=done == settings.updates)
+                del state
             host.logged(means, updates_done=done)
 
     if isinstance(stream, Generator):
         stream.close()  # ends its reading ahead
     if settings.hand_over == "ema" and ema is not None:
         ema.copy_to(network)
-    return Trained(network=network, meters=meters, figures=means, resumed_from=resumed_from)
+    return Trained(network=host.whole(network), meters=meters, figures=means, resumed_from=resumed_from)
 
 
 def _rows_per_worker(settings: TrainSettings, host: Host) -> int:
@@ -149,6 +167,30 @@ def _rows_per_worker(settings: TrainSettings, host: Host) -> int:
             f"take a multiple of {host.world_size}, or another num_workers"
         )
     return rows
+
+
+def _micro_batches(settings: TrainSettings, rows_per_worker: int) -> list[slice]:
+    size = settings.micro_batch_size or rows_per_worker
+    if rows_per_worker % size:
+        raise DataError(wrong_micro_batch(size, rows_per_worker))
+    return [slice(start, start + size) for start in range(0, rows_per_worker, size)]
+
+
+def _take(data: dict[str, Any], rows: slice, *, of: int) -> dict[str, Any]:
+    """Return the named rows of a batch; what is not one entry for each row belongs to every micro-batch."""
+
+    def take(value: Any) -> Any:
+        by_row = (isinstance(value, Tensor) and value.dim() > 0) or isinstance(value, list)
+        return value[rows] if by_row and len(value) == of else value
+
+    return {name: take(value) for name, value in data.items()}
+
+
+@torch.no_grad()
+def _mean(readings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(readings) == 1:
+        return readings[0]
+    return {name: torch.stack([reading[name].detach() for reading in readings]).mean() for name in readings[0]}
 
 
 def _to_device(data: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -171,29 +213,4 @@ def _wrong_batch(job: TrainJob, update: int, wanted: int, got: int | None) -> st
     return (
         f"{job.name}: the batch of update {update + 1} has {got} rows where this worker's share of "
         f"global_batch_size={job.settings.global_batch_size} is {wanted}; give the data the same batch size"
-    )
-
-
-def _stop_unless_finite(job: TrainJob, figures: dict[str, list[float]], *, done: int, checkpoint_uri: str) -> None:
-    bad = first_not_finite(figures)
-    if bad is not None:
-        index, name, value = bad
-        update = done - len(figures["loss"]) + index + 1
-        raise FewstepError(_diverged(job, f"the {name} became {value}", update, checkpoint_uri))
-
-
-@torch.no_grad()
-def _stop_unless_weights_finite(job: TrainJob, weights: list[nn.Parameter], *, done: int, checkpoint_uri: str) -> None:
-    norm = torch.stack(torch._foreach_norm([*weights])).sum().item()
-    if not math.isfinite(norm):
-        raise FewstepError(_diverged(job, f"the weights became {norm}", done, checkpoint_uri))
-
-
-def _diverged(job: TrainJob, what: str, update: int, checkpoint_uri: str) -> str:
-    settings = job.settings
-    return (
-        f"{job.name}: {what} at update {update} of {settings.updates}. Nothing of it was saved: the last good "
-        f"checkpoint is still in {checkpoint_uri}. Usual ways out: a lower learning_rate (now "
-        f"{settings.learning_rate:g}), a smaller grad_clip_norm (now {settings.grad_clip_norm:g}), more "
-        f"warmup_updates (now {settings.warmup_updates}), or precision: float32 (the recipe says {settings.precision})"
     )

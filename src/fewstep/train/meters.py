@@ -27,6 +27,7 @@ class Meters:
         self._start_s = self._window_start_s = time.perf_counter()
         self._window_waited_s = 0.0
         self._window: dict[str, list[Tensor]] = {}
+        self._own_losses: Tensor | None = None
 
     @property
     def seconds(self) -> float:
@@ -35,6 +36,11 @@ class Meters:
     @property
     def waited_s(self) -> float:
         return self._waited_s
+
+    @property
+    def own_losses(self) -> list[float]:
+        """This worker's losses of the updates between the last two readings."""
+        return [] if self._own_losses is None else self._own_losses.tolist()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -57,6 +63,7 @@ class Meters:
         """
         names = sorted(self._window)
         table = torch.stack([torch.stack(self._window[name]) for name in names])  # (figures, updates)
+        self._own_losses = table[names.index("loss")].clone()  # the mean may be taken in place
         rows = mean_over_workers(table).tolist()
         now_s = time.perf_counter()
         window_s = now_s - self._window_start_s
@@ -76,13 +83,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def first_not_finite(figures: dict[str, list[float]]) -> tuple[int, str, float] | None:
-    """Return (index of the update, name, value) of the first loss or gradient norm that is not a finite number."""
-    for index, (loss, norm) in enumerate(zip(figures["loss"], figures["grad_norm"], strict=True)):
-        if not math.isfinite(loss):
-            return index, "loss", loss
-        if not math.isfinite(norm):
-            return index, "gradient norm", norm
-    return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep.train.settings import TrainSettings
 
@@ -46,3 +49,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings,
     factor = learning_rate_factor(settings, update)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to a global norm and return the norm that they had, a scalar on the device."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # of all workers' shards
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

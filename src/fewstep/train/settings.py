@@ -6,6 +6,26 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+#: Settings that only say how a training is watched and saved.
+ONLY_WATCHING = frozenset({"checkpoint_every", "num_checkpoints_to_keep", "keep_checkpoints_when_done", "log_every"})
+
+#: Settings that only say how the same sums are carried out: they change no weight by more than rounding (without
+#: dropout, whose draws follow the forward passes), so a training may go on with others, on the machines at hand.
+ONLY_ROUNDING = frozenset(
+    {
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "strategy",
+        "shard_frozen",
+        "channels_last",
+        "compile",
+        "ema_device",
+    }
+)
+
+#: Later than the first checkpoints. Left out at their default, which is what those were trained with.
+_ADDED = ("ema_every", "frozen_dtype")
+
 
 class TrainSettings(BaseModel):
     """One training: how many updates of what size, the optimiser, and how often to look and to save."""
@@ -25,11 +45,53 @@ class TrainSettings(BaseModel):
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="decay of the averaged weights per update; null keeps no average"
     )
+    ema_every: int = Field(
+        default=1,
+        gt=0,
+        description="updates between two steps of the average; a step takes in the weights of that moment with the "
+        "decays of all updates since the last one multiplied, as if they had stood still; updates after the last "
+        "multiple are not taken in",
+    )
+    ema_device: Literal["network", "cpu"] = Field(
+        default="network",
+        description="where the average is kept; cpu frees 4 bytes a weight on the GPU: each step queues a copy of the "
+        "weights into pinned memory behind the update, and a thread averages beside the next updates; a step waits for "
+        "the one before it, so take ema_every=10 or so where that is slower than the updates",
+    )
     hand_over: Literal["raw", "ema"] = Field(default="raw", description="which weights the training hands over")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",
         description="autocast type of the network; weights, targets and losses stay float32; auto: bfloat16 where the "
         "device computes in it",
+    )
+    micro_batch_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="rows of one worker in one forward and backward pass, whose gradients are added up to the update; "
+        "it must divide a worker's rows; null: all at once",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="compute activations again in the backward pass instead of keeping them: less memory, more time; "
+        "for diffusers' networks",
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="how several workers train: ddp, each keeps all; fsdp, each keeps a shard of weights, "
+        "gradients, average and optimiser state (FSDP2), and weights are gathered block by block",
+    )
+    shard_frozen: bool = Field(
+        default=False, description="with fsdp: share out the frozen networks (the teacher) too, gathered block by block"
+    )
+    frozen_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="type of the frozen networks' weights; bfloat16 halves their memory and needs a bfloat16 precision",
+    )
+    channels_last: bool = Field(
+        default=False, description="keep the weights and activations of convolutions as NHWC; not with fsdp"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile the networks, frozen ones too: whole, or with fsdp block by block"
     )
     checkpoint_every: int = Field(default=200, gt=0, description="updates between checkpoints")
     num_checkpoints_to_keep: int = Field(default=2, gt=0, description="checkpoints kept in the store")
@@ -49,12 +111,46 @@ class TrainSettings(BaseModel):
             raise ValueError("hand_over=ema needs averaged weights; set ema_decay (for example 0.999) or hand_over=raw")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both lie in [0, 1); the usual ones are [0.9, 0.999]")
+        if self.ema_decay is None and (self.ema_every != 1 or self.ema_device != "network"):
+            raise ValueError(
+                f"ema_every={self.ema_every} and ema_device={self.ema_device} have no effect without averaged weights; "
+                "set ema_decay (for example 0.999) or leave them out"
+            )
+        self._check_size()
         return self
+
+    def _check_size(self) -> None:
+        if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(wrong_micro_batch(self.micro_batch_size, self.global_batch_size))
+        if self.shard_frozen and self.strategy != "fsdp":
+            raise ValueError(
+                f"shard_frozen=true needs strategy=fsdp, and strategy is {self.strategy}; set strategy: fsdp, or "
+                "shard_frozen: false"
+            )
+        if self.channels_last and self.strategy == "fsdp":
+            raise ValueError(
+                "channels_last=true cannot be kept with strategy=fsdp, which gathers weights from contiguous shards; "
+                "set channels_last: false, or strategy: ddp"
+            )
+        if self.frozen_dtype == "bfloat16" and self.precision == "float32":
+            raise ValueError(
+                "frozen_dtype=bfloat16 needs autocast, and precision=float32 has none: the frozen networks' outputs "
+                "would not fit the trained one; set precision: bfloat16, or frozen_dtype: float32"
+            )
 
     def of_the_weights(self) -> dict[str, object]:
         """Return the settings that a weight depends on; the others may change between a checkpoint and its resuming."""
-        only_watching = {"checkpoint_every", "num_checkpoints_to_keep", "keep_checkpoints_when_done", "log_every"}
-        return self.model_dump(mode="json", exclude=only_watching)
+        unchanged = {name for name in _ADDED if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude={*ONLY_WATCHING, *ONLY_ROUNDING, *unchanged})
+
+
+def wrong_micro_batch(micro_batch_size: int, rows: int) -> str:
+    """Return the message for a micro-batch that does not divide the rows of an update, or of a worker's share."""
+    possible = ", ".join(str(size) for size in range(1, rows + 1) if rows % size == 0)
+    return (
+        f"micro_batch_size={micro_batch_size} does not divide the {rows} rows that are to be shared out equally; "
+        f"sizes that do: {possible}"
+    )
 
 
 class ClusterSettings(BaseModel):

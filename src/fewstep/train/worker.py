@@ -17,10 +17,7 @@ import ray.cloudpickle
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.train import CheckpointUploadMode
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fewstep.errors import FewstepError, StorageError
 from fewstep.storage import join
@@ -30,6 +27,7 @@ from fewstep.train.checkpoint import TrainState, load_state, save_state, scratch
 from fewstep.train.in_process import make_result
 from fewstep.train.job import TrackerHandle, TrainJob
 from fewstep.train.loop import train
+from fewstep.train.parallel import Workers
 
 if TYPE_CHECKING:
     from fewstep.storage import Storage
@@ -102,11 +100,15 @@ def _in_words(error: Exception, job: TrainJob, host: RayHost) -> FewstepError | 
 
 
 def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> FewstepError:
-    batch_size = job.settings.global_batch_size
+    settings = job.settings
+    rows = settings.global_batch_size // world_size
     return FewstepError(
-        f"{job.name}: the GPU's memory is full ({str(error).splitlines()[0]}). A worker has {batch_size // world_size} "
-        f"of global_batch_size={batch_size} at once, with precision: {job.settings.precision}. Take more workers "
-        "(cluster.num_workers), a smaller global_batch_size, or bfloat16"
+        f"{job.name}: the GPU's memory is full ({str(error).splitlines()[0]}). A worker has {rows} of "
+        f"global_batch_size={settings.global_batch_size}, {settings.micro_batch_size or rows} of them at once, with "
+        f"precision: {settings.precision}, strategy: {settings.strategy} and gradient_checkpointing: "
+        f"{str(settings.gradient_checkpointing).lower()}. Take a smaller micro_batch_size, gradient_checkpointing, "
+        "bfloat16, ema_device: cpu, or more workers (cluster.num_workers), with strategy: fsdp if the weights alone "
+        "do not fit"
     )
 
 
@@ -117,14 +119,11 @@ def _log_to(board: Any) -> None:
     logger.setLevel(logging.INFO)
 
 
-class RayHost:
-    """The loop's surroundings inside Ray Train."""
+class RayHost(Workers):
+    """The loop's surroundings inside Ray Train, which has joined the workers into a torch.distributed group."""
 
     def __init__(self, task: WorkerTask, board: Any) -> None:
-        context = ray.train.get_context()
-        self.rank = context.get_world_rank()
-        self.world_size = context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        super().__init__(ray.train.torch.get_device())
         self.checkpoint_uri = join(task.uri, "checkpoints")
         self.scratch = scratch_folder()
         self._board = board
@@ -133,6 +132,8 @@ class RayHost:
         self._uploading: list[Path] = []
 
     def load(self) -> TrainState | None:
+        gc.collect()
+        gc.freeze()  # what is loaded now stays: the collector need not walk through it again in every step
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
@@ -142,29 +143,6 @@ class RayHost:
         state = load_state(str(folder))
         shutil.rmtree(folder)  # the mapping keeps the content until it is let go
         return state
-
-    def parallel(self, network: nn.Module) -> nn.Module:
-        gc.collect()
-        gc.freeze()  # what is loaded now stays: the collector need not walk through it again in every step
-        if self.world_size == 1:
-            return network
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-
-    def gather(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def mean(self, value: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(value)
-            value /= self.world_size
-        return value
 
     def save(self, state: TrainState | None, *, update: int, last: bool) -> None:
         name = f"update-{update:08d}"

@@ -1,0 +1,122 @@
+"""Two workers, under DDP and in shards, train as one process does, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from unet_training import curve, exported, unet_job
+from worker_processes import begin_again, run_workers
+
+pytestmark = pytest.mark.slow  # two processes begin, and each gathers shards over a slow network
+
+Figures = dict[int, tuple[float, ...]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process and two workers have done."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("workers")
+    curve(unet_job(), folder / "alone", kill_after=3)
+    run_workers(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Figures, Path]:
+    folder = tmp_path_factory.mktemp("plain")
+    return curve(unet_job(), folder), folder
+
+
+def found(folder: Path, rank: int = 0) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / f"found-{rank}.json").read_text())
+    return loaded
+
+
+def check(figures: dict[str, list[float]] | Figures, weights: Path, plain: tuple[Figures, Path]) -> None:
+    """Hold a curve, from where it began, and the exported average against those of one process."""
+    ours = {int(done): tuple(values) for done, values in figures.items()}
+    assert max(ours) == max(plain[0])
+    for done, values in ours.items():
+        assert values == pytest.approx(plain[0][done], rel=1e-4), done
+    theirs = exported(plain[1])
+    averages = exported(weights)
+    assert averages.keys() == theirs.keys()
+    for name, average in averages.items():
+        assert type(average) is torch.Tensor
+        # Adam makes whole steps of gradients that are nothing but rounding.
+        assert torch.allclose(average, theirs[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_give_the_curve_and_the_weights_of_one_process(
+    strategy: str, folder: Path, plain: tuple[Figures, Path]
+) -> None:
+    result = found(folder)[strategy]
+    figures = result["curve"] if strategy == "fsdp" else result
+    assert len(figures) == 4
+    check(figures, folder / strategy, plain)
+
+
+def test_each_worker_holds_half_of_every_network(folder: Path) -> None:
+    shares = [found(folder, rank)["fsdp"]["shares"] for rank in range(2)]
+    for trained_or_frozen in zip(*shares, strict=True):
+        assert sum(trained_or_frozen) == pytest.approx(1.0)
+        assert all(0.4 < share < 0.6 for share in trained_or_frozen)
+
+
+def test_a_checkpoint_is_the_same_file_whoever_wrote_it(folder: Path, plain: tuple[Figures, Path]) -> None:
+    def described(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            assert type(value) is torch.Tensor
+            return value.shape, value.dtype, value.device.type
+        if isinstance(value, dict):
+            return {name: described(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [described(inner) for inner in value]
+        return type(value)
+
+    states = [
+        torch.load(root / "checkpoints" / "update-00000004" / "state.pt", weights_only=True)
+        for root in (plain[1], folder / "ddp", folder / "fsdp")
+    ]
+    assert described(states[1]) == described(states[2]) == described(states[0])
+    for name in ("settings", "streams", "fingerprint", "update"):
+        assert states[1][name] == states[2][name] == states[0][name]
+
+
+@pytest.mark.parametrize(("name", "begun_in"), [("fsdp after alone", "alone"), ("ddp after fsdp",) * 2])
+def test_workers_go_on_from_what_others_saved(
+    name: str, begun_in: str, folder: Path, plain: tuple[Figures, Path]
+) -> None:
+    figures = found(folder)[name]
+    assert list(figures) == ["3", "4"]
+    check(figures, folder / begun_in, plain)
+
+
+def test_one_process_goes_on_from_shards(folder: Path, plain: tuple[Figures, Path], tmp_path: Path) -> None:
+    begin_again(folder / "fsdp", tmp_path)
+    figures = curve(unet_job(), tmp_path)
+    assert list(figures) == [3, 4]
+    check(figures, tmp_path, plain)
+
+
+def test_nan_names_the_worker_whose_rows_it_came_from(folder: Path) -> None:
+    errors = [found(folder, rank)["nan"] for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert (
+        "the loss became nan at update 3 of 4. Its batch: worker 1, rows 2-3, 6-7, ending at data position" in errors[0]
+    )
+    assert '{"streams": {"1": [0, 6], "3": [0, 6]}}, samples 1/4, 1/5, 3/4, 3/5. Nothing' in errors[0]
+
+
+def test_a_switch_without_effect_is_refused_by_every_worker(folder: Path) -> None:
+    assert all("gradient_checkpointing=true needs" in found(folder, rank)["toy"] for rank in range(2))
+
+
+def test_only_the_last_micro_batch_exchanges_gradients(folder: Path) -> None:
+    assert found(folder)["passes"] == [False, True]

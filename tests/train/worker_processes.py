@@ -1,0 +1,97 @@
+"""Two processes of a gloo group that train; what they found out lies in a folder for `test_workers`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.tensor import DTensor
+from toy_training import toy_job
+from unet_training import FollowObjective, curve, unet_job
+
+from fewstep.errors import FewstepError
+from fewstep.train.in_process import train_in_process
+from fewstep.train.parallel import Workers, gradient_sync
+
+WORLD_SIZE = 2
+DDP = {"micro_batch_size": 2}
+FSDP = {"strategy": "fsdp", "shard_frozen": True, "gradient_checkpointing": True, "micro_batch_size": 2}
+
+
+def run_workers(folder: Path) -> None:
+    """Do everything below in two processes; `folder/alone` holds a training that one process began and left."""
+    mp.spawn(_work, (str(folder),), nprocs=WORLD_SIZE)
+
+
+def begin_again(whole: Path, folder: Path) -> None:
+    """Leave in `folder` what a training had left when it was half done."""
+    shutil.copytree(whole / "checkpoints" / "update-00000002", folder / "checkpoints" / "update-00000002")
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # compiling blocks would take a minute; that they can be is what counts
+    here = Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=rank, world_size=WORLD_SIZE)
+    found = {
+        "ddp": curve(unet_job(**DDP), here / "ddp"),
+        "fsdp": _fsdp(here / "fsdp"),
+        "fsdp after alone": curve(unet_job(**FSDP, compile=True, ema_device="cpu"), here / "alone"),
+    }
+    if rank == 0:
+        begin_again(here / "fsdp", here / "ddp after fsdp")
+    dist.barrier()
+    found |= {
+        "ddp after fsdp": curve(unet_job(**DDP), here / "ddp after fsdp"),
+        "nan": _error(unet_job(nan_at=(3, 5))),
+        "toy": _error(toy_job(updates=1, strategy="fsdp", gradient_checkpointing=True)),
+        "passes": _passes(),
+    }
+    (here / f"found-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _fsdp(folder: Path) -> dict[str, Any]:
+    """Train in shards; return the curve, and what share of the weights this worker held in the end."""
+    made: list[FollowObjective] = []
+
+    def objective(device: torch.device) -> FollowObjective:
+        made.append(FollowObjective(device))
+        return made[-1]
+
+    found = curve(unet_job(objective=objective, **FSDP), folder)
+    return {"curve": found, "shares": [_share(made[0].network), _share(made[0].frozen[0])]}
+
+
+def _share(network: nn.Module) -> float:
+    weights = list(network.parameters())
+    assert all(isinstance(weight, DTensor) for weight in weights)
+    own = sum(weight.to_local().numel() for weight in weights if isinstance(weight, DTensor))
+    return own / sum(weight.numel() for weight in weights)
+
+
+def _error(job: Any) -> str:
+    try:
+        train_in_process(job)
+    except FewstepError as error:
+        return str(error)
+    return "no error"
+
+
+def _passes() -> list[bool]:
+    """Return whether the gradients of two workers agree after a pass without and one with their exchange, under DDP."""
+    workers = Workers(torch.device("cpu"))
+    model = workers.parallel(nn.Linear(2, 2), strategy="ddp")
+    agree = []
+    for on in (False, True):
+        with gradient_sync(model, on=on):
+            model(torch.full((1, 2), 1.0 + workers.rank)).sum().backward()
+        gradients = workers.gather([p.grad.tolist() for p in model.parameters() if p.grad is not None])
+        agree.append(gradients[0] == gradients[1])
+    return agree

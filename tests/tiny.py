@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
 
+from fewstep.data.masks import MaskSettings, random_mask
 from fewstep.models import (
     SCHEDULER_CONFIG,
     AutoencoderArchitecture,
+    InpaintingParts,
+    SDXLParts,
     StudentInfo,
     TeacherArchitecture,
     TextToImageParts,
+    add_inpainting,
+    fresh_text_model,
     make_student,
     save_student,
 )
@@ -102,3 +111,67 @@ def tiny_recipe(teacher: Path, *, name: str, **changes: Any) -> dict[str, Any]:
         "register": {"name": name, "num_inference_steps": 2, "gate": {"max_kid_ratio": 100, "min_num_images": 10}},
         **changes,
     }
+
+
+def tiny_sdxl(*, seed: int = 0, force_zeros: bool = True, **scheduler: object) -> SDXLParts:
+    """Return a random SDXL-shaped teacher of about 0.3 M parameters: 16 px pictures, 4 × 4 × 4 latents."""
+    torch.manual_seed(seed)
+    vae = AutoencoderArchitecture(resolution=16, block_out_channels=(8, 16, 16), norm_num_groups=4).build()
+    architecture = TeacherArchitecture(
+        family="sdxl",
+        block_out_channels=(16, 32),
+        num_attention_heads=2,
+        norm_num_groups=4,
+        text_width=16,
+        second_text_width=24,
+        text_layers=2,
+        text_heads=2,
+        vocabulary_size=600,
+        max_prompt_tokens=16,
+    )
+    parts = fresh_text_model(architecture, vae=vae, tokenizer=architecture.train_tokenizer(CAPTIONS))
+    assert isinstance(parts, SDXLParts)
+    changed = {"force_zeros_for_empty_prompt": force_zeros, "scheduler_config": {**SCHEDULER_CONFIG, **scheduler}}
+    return replace(parts, **changed).freeze()
+
+
+def tiny_inpainting(*, seed: int = 0, **scheduler: object) -> InpaintingParts:
+    """Return a random inpainting teacher of about 0.2 M parameters whose picture depends on its hole."""
+    parts = add_inpainting(tiny_teacher(seed=seed, **scheduler))
+    torch.manual_seed(seed + 2)
+    torch.nn.init.normal_(parts.unet.conv_in.weight[:, 4:], std=0.2)
+    return parts
+
+
+def w_student(unet: UNet2DConditionModel, *, seed: int = 1) -> UNet2DConditionModel:
+    """Return a student of a teacher's U-Net whose w input has an effect."""
+    student = make_student(unet, embedding_dim=16)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.5)
+    return student.eval().requires_grad_(False)
+
+
+def pictures_with_holes(count: int, *, side: int = 16) -> list[dict[str, Any]]:
+    """Return samples as the encode stage gives them to an inpainting model: key, caption, pixels, mask."""
+    generator = torch.Generator().manual_seed(5)
+    small = torch.randint(0, 256, (count, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    pixels = small.repeat_interleave(side // 4, dim=2).repeat_interleave(side // 4, dim=3)
+    return [
+        {
+            "key": f"{number:04d}",
+            "caption": CAPTIONS[number % len(CAPTIONS)],
+            "pixels": picture,
+            "mask": random_mask(side, side, settings=MaskSettings(), generator=torch.Generator().manual_seed(number)),
+        }
+        for number, picture in enumerate(pixels)
+    ]
+
+
+def picture_samples(count: int) -> list[dict[str, Any]]:
+    """Return the same pictures and captions as webdataset samples."""
+    samples = []
+    for sample in pictures_with_holes(count):
+        file = io.BytesIO()
+        Image.fromarray(sample["pixels"].permute(1, 2, 0).numpy()).save(file, format="PNG")
+        samples.append({"__key__": sample["key"], "png": file.getvalue(), "txt": sample["caption"].encode()})
+    return samples

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -10,7 +12,7 @@ from torch import Tensor
 from fewstep.diffusion import NoiseSchedule
 from fewstep.errors import ModelError, SamplingError
 from fewstep.evaluate.baselines import Conditions, RowSpec, Sampler, dpm_solver
-from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, initial_noise, student_scheduler_config
+from fewstep.models import SCHEDULER_CONFIG, Denoiser, TextToImageParts, initial_noise, student_scheduler_config
 
 GUIDANCE_SCALE = 3.0
 PROMPTS = ["a red apple, twemoji", "two birds on blue", "an emoji"]
@@ -19,17 +21,16 @@ PROMPTS = ["a red apple, twemoji", "two birds on blue", "an emoji"]
 @pytest.fixture(scope="module")
 def conditions(teacher: TextToImageParts) -> Conditions:
     noise = initial_noise([4, 5, 6], teacher.latent_shape)
-    return Conditions(teacher.encode_prompts(PROMPTS), teacher.encode_prompts([""]), noise)
+    return Conditions({"text": teacher.encode_prompts(PROMPTS)}, noise)
 
 
 @pytest.fixture(scope="module")
 def sampler(teacher: TextToImageParts, student: UNet2DConditionModel) -> Sampler:
+    model = teacher.denoiser()
     return Sampler(
-        teacher=teacher.unet,
-        students={2: student, 4: student},
-        schedule=teacher.schedule,
+        teacher=model,
+        students={2: model.with_network(student), 4: model.with_network(student)},
         scheduler_config=teacher.scheduler_config,
-        prediction_type=teacher.prediction_type,
         guidance_scale=GUIDANCE_SCALE,
     )
 
@@ -93,19 +94,24 @@ def test_dpm_solver_beats_ddim_on_a_known_distribution() -> None:
     class Exact(torch.nn.Module):
         device = torch.device("cpu")
         dtype = torch.float32
+        config: ClassVar = {"time_cond_proj_dim": None}
 
-        def forward(self, z: Tensor, index: Tensor, embeddings: Tensor) -> Tensor:
+        def forward(self, z: Tensor, index: Tensor) -> Tensor:
             alpha, sigma = schedule.alpha_sigma(index)
             x = mean + alpha * sd**2 / (alpha**2 * sd**2 + sigma**2) * (z - alpha * mean)
-            return _Output((alpha * z - x) / sigma)
-
-    class _Output:
-        def __init__(self, sample: Tensor) -> None:
-            self.sample = sample
+            return (alpha * z - x) / sigma
 
     noise = initial_noise(range(200), (1, 1, 1))
-    conditions = Conditions(torch.zeros(200, 1, 1), torch.zeros(1, 1, 1), noise)
-    sampler = Sampler(Exact(), {}, schedule, SCHEDULER_CONFIG, "v_prediction", 1.0)
+    conditions = Conditions({"text": torch.zeros(200, 1, 1)}, noise)
+    model = Denoiser(
+        network=Exact(),
+        forward=lambda network, z, time, condition, w_embedding: network(z, time),
+        schedule=schedule,
+        prediction_type="v_prediction",
+        condition_names=("text",),
+        null={"text": torch.zeros(1, 1, 1)},
+    )
+    sampler = Sampler(model, {}, SCHEDULER_CONFIG, 1.0)
     truth = mean + sd * noise
     errors = {
         (method, steps): float(
@@ -125,9 +131,7 @@ def test_student_that_is_missing_or_takes_no_weight(
 ) -> None:
     with pytest.raises(ModelError, match=r"no student for 8 steps.*\[2, 4\]"):
         sampler(RowSpec("student", 8), conditions, batch_size=3)
-    plain = Sampler(
-        teacher.unet, {1: teacher.unet}, teacher.schedule, teacher.scheduler_config, "v_prediction", GUIDANCE_SCALE
-    )
+    plain = Sampler(teacher.denoiser(), {1: teacher.denoiser()}, teacher.scheduler_config, GUIDANCE_SCALE)
     with pytest.raises(ModelError, match="no time_cond_proj_dim"):
         plain(RowSpec("student", 1), conditions, batch_size=3)
 

@@ -21,7 +21,7 @@ from fewstep.evaluate.features import Lite0Features
 from fewstep.evaluate.report import read_report, write_report
 from fewstep.evaluate.schema import StageUsage
 from fewstep.evaluate.settings import EvaluateSettings
-from fewstep.models import TextToImageParts
+from fewstep.models import Denoiser, TextToImageParts
 
 SETTINGS = EvaluateSettings(
     num_prompts=20,
@@ -65,6 +65,12 @@ def real_pictures(count: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def students(teacher: TextToImageParts, student: UNet2DConditionModel) -> dict[int, Denoiser]:
+    model = teacher.denoiser().with_network(student)
+    return {4: model, 1: model}
+
+
+@pytest.fixture(scope="module")
 def scorer(lite0: Lite0Features) -> AlignmentScorer:
     settings = AlignmentSettings(dim=8, epochs=1, batch_size=20)
     return AlignmentScorer(settings, image_features=lite0).fit(real_pictures(20), PROMPTS)
@@ -78,13 +84,13 @@ def messages() -> list[tuple[str, int, int]]:
 @pytest.fixture(scope="module")
 def comparison(
     teacher: TextToImageParts,
-    student: UNet2DConditionModel,
+    students: dict[int, Denoiser],
     scorer: AlignmentScorer,
     messages: list[tuple[str, int, int]],
 ) -> Comparison:
     return compare(
         teacher=teacher,
-        students={4: student, 1: student},
+        students=students,
         prompts=PROMPTS,
         seeds=SEEDS,
         real_images=real_pictures(40),
@@ -211,12 +217,12 @@ def test_damaged_report(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared(
-    teacher: TextToImageParts, student: UNet2DConditionModel, lite0: Lite0Features
+    teacher: TextToImageParts, students: dict[int, Denoiser], lite0: Lite0Features
 ) -> None:
     def run(**changes: object) -> Comparison:
         arguments = {
             "teacher": teacher,
-            "students": {4: student, 1: student},
+            "students": students,
             "prompts": PROMPTS,
             "seeds": SEEDS,
             "real_images": real_pictures(40),
@@ -227,7 +233,7 @@ def test_what_cannot_be_compared(
         return compare(**(arguments | changes))  # type: ignore[arg-type]
 
     with pytest.raises(ModelError, match=r"no student for \[1\]"):
-        run(students={4: student})
+        run(students={4: students[4]})
     with pytest.raises(DataError, match="num_prompts=20, but 12 held-out prompts"):
         run(prompts=PROMPTS[:12], seeds=SEEDS[:12])
     with pytest.raises(DataError, match="30 real pictures"):
@@ -238,14 +244,14 @@ def test_what_cannot_be_compared(
 
 def test_prompts_to_show_come_first_in_the_grid_and_count_nowhere(
     teacher: TextToImageParts,
-    student: UNet2DConditionModel,
+    students: dict[int, Denoiser],
     scorer: AlignmentScorer,
     comparison: Comparison,
     tmp_path: Path,
 ) -> None:
     shown = compare(
         teacher=teacher,
-        students={4: student, 1: student},
+        students=students,
         prompts=PROMPTS,
         seeds=SEEDS,
         real_images=real_pictures(40),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
+from counted import counted
 from fewstep.diffusion import ddim
 from fewstep.models import (
     StudentInfo,
@@ -26,21 +24,6 @@ from fewstep.models import (
 from tiny import tiny_student_folder, tiny_teacher
 
 PROMPTS = ["a red apple", "two birds on blue", "an emoji"]
-
-
-@contextmanager
-def counted(unet: nn.Module) -> Iterator[list[int]]:
-    """Give the batch sizes of the calls made in the block."""
-    sizes: list[int] = []
-
-    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        sizes.append(len(args[0]))
-
-    hook = unet.register_forward_hook(count)
-    try:
-        yield sizes
-    finally:
-        hook.remove()
 
 
 def _pipeline(folder: Path) -> StableDiffusionPipeline:

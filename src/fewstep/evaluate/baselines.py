@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fewstep.diffusion import NoiseSchedule, ddim
+from fewstep.diffusion import ddim
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.samplers import Model
 from fewstep.diffusion.schedule import BETA_KEYS
 from fewstep.errors import ModelError, SamplingError
-from fewstep.models import guided_model, student_model
+from fewstep.models import Condition, Denoiser
 
 Method = Literal["teacher", "ddim", "dpmpp", "student"]
 
@@ -67,23 +67,28 @@ class Conditions:
     """What all methods start from; row i of each belongs together.
 
     Attributes:
-        embeddings: prompt embeddings, (B, L, D).
-        null_embedding: the empty prompt's, (1, L, D).
+        condition: what the networks are told, B rows of each part.
         noise: starting noise, (B, C, h, w).
     """
 
-    embeddings: Tensor
-    null_embedding: Tensor
+    condition: Condition
     noise: Tensor
 
     def split(self, batch_size: int) -> Iterator[Conditions]:
         """Yield batches of at most `batch_size` rows, in order."""
-        for embeddings, noise in zip(self.embeddings.split(batch_size), self.noise.split(batch_size), strict=True):
-            yield Conditions(embeddings, self.null_embedding, noise)
+        for start in range(0, self.noise.shape[0], batch_size):
+            yield self._rows(slice(start, start + batch_size))
 
     def head(self, count: int) -> Conditions:
         """Return the first `count` rows."""
-        return Conditions(self.embeddings[:count], self.null_embedding, self.noise[:count])
+        return self._rows(slice(count))
+
+    def to(self, device: torch.device) -> Conditions:
+        """Return the same on a device."""
+        return Conditions({name: value.to(device) for name, value in self.condition.items()}, self.noise.to(device))
+
+    def _rows(self, rows: slice) -> Conditions:
+        return Conditions({name: value[rows] for name, value in self.condition.items()}, self.noise[rows])
 
 
 @dataclass(frozen=True)
@@ -106,20 +111,16 @@ class Sampler:
     """Samples any row of the comparison.
 
     Attributes:
-        teacher: conditional U-Net that is guided with two evaluations a step.
-        students: by number of steps; U-Nets with `time_cond_proj_dim`.
-        schedule: noise schedule of all of them.
+        teacher: guided with two evaluations a step.
+        students: by number of steps; networks that take a guidance weight.
         scheduler_config: the teacher's diffusers scheduler configuration.
-        prediction_type: what the networks return.
         guidance_scale: g = 1 + w.
         dpm_solver_settings: of the DPM-Solver++ rows.
     """
 
-    teacher: UNet2DConditionModel
-    students: Mapping[int, UNet2DConditionModel]
-    schedule: NoiseSchedule
+    teacher: Denoiser
+    students: Mapping[int, Denoiser]
     scheduler_config: Mapping[str, Any]
-    prediction_type: PredictionType
     guidance_scale: float
     dpm_solver_settings: DpmSolverSettings = field(default_factory=DpmSolverSettings)
 
@@ -130,17 +131,15 @@ class Sampler:
         Raises:
             ModelError: there is no student for this number of steps, or it takes no guidance weight.
         """
-        network = self._network(spec)
-        device = network.device
+        model = self._model(spec)
+        device = model.network.device
         latents, seconds = [], 0.0
-        with _counted_rows(network) as count:
+        with _counted_rows(model.network) as count:
             for batch in conditions.split(batch_size):
-                on_device = Conditions(
-                    batch.embeddings.to(device), batch.null_embedding.to(device), batch.noise.to(device)
-                )
+                on_device = batch.to(device)
                 _wait_for(device)
                 start = time.perf_counter()
-                out = self._sample(spec, network, on_device)
+                out = self._sample(spec, model, on_device)
                 _wait_for(device)
                 seconds += time.perf_counter() - start
                 latents.append(out.float().cpu())
@@ -148,7 +147,7 @@ class Sampler:
         assert rows % pictures == 0, "every picture gets the same number of evaluations"
         return Samples(torch.cat(latents), rows // pictures, seconds)
 
-    def _network(self, spec: RowSpec) -> UNet2DConditionModel:
+    def _model(self, spec: RowSpec) -> Denoiser:
         if spec.method != "student":
             return self.teacher
         if spec.num_inference_steps not in self.students:
@@ -157,27 +156,24 @@ class Sampler:
                 f"{sorted(self.students)}): distil one, or leave {spec.num_inference_steps} out of evaluate.steps"
             )
         student = self.students[spec.num_inference_steps]
-        if student.config.time_cond_proj_dim is None:
+        if student.embedding_dim is None:
             raise ModelError(
                 f"the student for {spec.num_inference_steps} steps has no time_cond_proj_dim, so it takes no guidance "
-                "weight: use the U-Net that the guidance and progressive stages made"
+                "weight: use the network that the guidance and progressive stages made"
             )
         return student
 
-    def _sample(self, spec: RowSpec, network: UNet2DConditionModel, batch: Conditions) -> Tensor:
+    def _sample(self, spec: RowSpec, model: Denoiser, batch: Conditions) -> Tensor:
         w = self.guidance_scale - 1
-        if spec.method == "student":
-            model = student_model(network, batch.embeddings, w)
-        else:
-            model = guided_model(network, batch.embeddings, batch.null_embedding, w)
+        network = (model.conditional if spec.method == "student" else model.guided)(batch.condition, w)
         if spec.method == "dpmpp":
-            scheduler = dpm_solver(self.scheduler_config, self.prediction_type, settings=self.dpm_solver_settings)
-            return _dpm_solver_loop(model, batch.noise, scheduler, spec.num_inference_steps)
+            scheduler = dpm_solver(self.scheduler_config, model.prediction_type, settings=self.dpm_solver_settings)
+            return _dpm_solver_loop(network, batch.noise, scheduler, spec.num_inference_steps)
         return ddim(
-            model,
+            network,
             batch.noise,
-            schedule=self.schedule,
-            prediction_type=self.prediction_type,
+            schedule=model.schedule,
+            prediction_type=model.prediction_type,
             num_inference_steps=spec.num_inference_steps,
         )
 

@@ -46,7 +46,11 @@ def grid_order(specs: Sequence[RowSpec]) -> list[list[RowSpec]]:
 
 
 def draw_grid(
-    grid: Mapping[RowSpec, Tensor], prompts: Sequence[str], *, evaluations: Mapping[RowSpec, int]
+    grid: Mapping[RowSpec, Tensor],
+    prompts: Sequence[str],
+    *,
+    evaluations: Mapping[RowSpec, int],
+    given: Tensor | None = None,
 ) -> Image.Image:
     """Return the labelled grid.
 
@@ -54,13 +58,16 @@ def draw_grid(
         grid: pictures of each row, uint8 (K, 3, H, W).
         prompts: K of them.
         evaluations: network evaluations a picture of each row, for its label.
+        given: of inpainting, the pictures with grey holes, uint8 (K, 3, H, W).
     """
     font, small = ImageFont.load_default(_FONT_PX), ImageFont.load_default(_FONT_PX - 3)
-    cells = {spec: [to_pil(image) for image in images] for spec, images in grid.items()}
-    cell_width, cell_height = next(iter(cells.values()))[0].size
+    # Groups of rows: label, note and pictures of each.
+    groups = [[_labelled(spec, grid[spec], evaluations[spec]) for spec in group] for group in grid_order(list(grid))]
+    if given is not None:
+        groups.insert(0, [("given", "the grey part is filled", [to_pil(image) for image in given])])
+    cell_width, cell_height = groups[0][0][2][0].size
     wrapped = ["\n".join(textwrap.wrap(prompt, max(10, cell_width // 7))) for prompt in prompts]
     header_px = (1 + max(text.count("\n") for text in wrapped)) * (_FONT_PX + 1) + 2 * _GAP_PX
-    groups = grid_order(list(grid))
     height = header_px + sum(len(group) * (cell_height + _GAP_PX) + _GROUP_GAP_PX for group in groups)
     width = _LABEL_WIDTH_PX + len(prompts) * (cell_width + _GAP_PX) + _GAP_PX
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -70,13 +77,11 @@ def draw_grid(
         draw.multiline_text((left, _GAP_PX), text, fill=_INK, font=small, spacing=2)
     top = header_px
     for group in groups:
-        for spec in group:
+        for label, note, cells in group:
             middle = top + cell_height // 2
-            draw.text((_GAP_PX, middle - 3), row_label(spec), fill=_INK, font=font, anchor="ls")
-            count = evaluations[spec]
-            note = f"{count} network evaluation{'' if count == 1 else 's'}"
+            draw.text((_GAP_PX, middle - 3), label, fill=_INK, font=font, anchor="ls")
             draw.text((_GAP_PX, middle + 3), note, fill=_SOFT_INK, font=small, anchor="lt")
-            for column, cell in enumerate(cells[spec]):
+            for column, cell in enumerate(cells):
                 left = _LABEL_WIDTH_PX + column * (cell_width + _GAP_PX)
                 # Most pictures are on white: without a line they run into one another.
                 draw.rectangle((left - 1, top - 1, left + cell_width, top + cell_height), outline=_LINE)
@@ -84,3 +89,8 @@ def draw_grid(
             top += cell_height + _GAP_PX
         top += _GROUP_GAP_PX
     return sheet
+
+
+def _labelled(spec: RowSpec, images: Tensor, count: int) -> tuple[str, str, list[Image.Image]]:
+    note = f"{count} network evaluation{'' if count == 1 else 's'}"
+    return row_label(spec), note, [to_pil(image) for image in images]

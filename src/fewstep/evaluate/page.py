@@ -14,7 +14,7 @@ from fewstep.evaluate.chart import kid_chart
 from fewstep.evaluate.distances import Interval
 from fewstep.evaluate.excess import STAGE_ONE_GOAL
 from fewstep.evaluate.grid import grid_order, row_label
-from fewstep.evaluate.schema import Excess, Report, Result
+from fewstep.evaluate.schema import Excess, Inpainting, Report, Result
 
 _STYLE = """
 :root{--ink:#1c2330;--soft:#667085;--line:#e4e7ec;--paper:#fff;--wash:#f6f8fa;--good:#12805c;--bad:#b42318}
@@ -65,6 +65,9 @@ def render_page(report: Report, sheet: Image.Image, *, title: str) -> str:
         _section("The pictures", _pictures(sheet), _pictures_text(report)),
         _section("Quality against cost", kid_chart(report), _CHART_TEXT),
         _section("Every figure", _results_table(report), _RESULTS_TEXT),
+        _section("Inside and around the holes", _holes_table(report.inpainting), _HOLES_TEXT)
+        if report.inpainting
+        else "",
         _section("The goals", _goals_table(report), _GOALS_TEXT),
         _section("What the figures read when nothing is wrong", _floor_table(report), ""),
         _section("What the columns mean", _glossary(scale), ""),
@@ -89,6 +92,12 @@ _CHART_TEXT = (
 )
 _RESULTS_TEXT = (
     "Below each figure is its 95 % interval. Rows of students are tinted. Lower is better, except for the alignment."
+)
+_HOLES_TEXT = (
+    "Mean squared differences of pixels from 0 to 1; lower is better. Inside a hole a student should draw what its "
+    "teacher draws from the same noise. Outside, the picture should stay what it is: nothing can do better there than "
+    "the VAE, the last line. Of the distances above, KID leaves out each picture's own original; FD does not, and is "
+    "smaller for it."
 )
 _GOALS_TEXT = (
     "Excess = KID to real minus the teacher's own with many steps: what is lost by taking fewer. Each line gives the "
@@ -184,6 +193,19 @@ def _result_cells(spec: RowSpec, row: Result) -> list[str]:
         factor = 1000.0 if field == "seconds_per_image" else 1.0
         cells.append(_with_interval(getattr(row, field), getattr(row, f"{field}_ci"), form, factor=factor))
     return [*cells, str(row.num_images)]
+
+
+def _holes_table(inpainting: Inpainting) -> str:
+    rows = []
+    for row in inpainting.results:
+        label = escape(row_label(RowSpec(row.method, row.num_inference_steps)))
+        hole = _with_interval(row.hole_mse, row.hole_mse_ci, "{:.5f}")
+        known = _with_interval(row.known_mse, row.known_mse_ci, "{:.5f}")
+        rows.append(("student" if row.method == "student" else "", [label, hole, known]))
+    vae = _with_interval(inpainting.vae_known_mse, inpainting.vae_known_mse_ci, "{:.5f}")
+    rows.append(("first", ["real pictures through the VAE and back", "", vae]))
+    share = f"inside, to the teacher's picture ({inpainting.hole_share:.0%} of a picture is hole)"
+    return _table(["method", share, "outside, to the real picture"], rows)
 
 
 def _verdict(met: bool | None) -> str:

@@ -45,7 +45,7 @@ def write_report(
     files.json.parent.mkdir(parents=True, exist_ok=True)
     report = comparison.report.model_copy(update={"stages": list(stages)})
     evaluations = {RowSpec(row.method, row.num_inference_steps): row.network_evaluations for row in report.results}
-    sheet = draw_grid(comparison.grid, comparison.prompts, evaluations=evaluations)
+    sheet = draw_grid(comparison.grid, comparison.prompts, evaluations=evaluations, given=comparison.given)
     sheet.save(files.samples, format="PNG", optimize=True)
     _replace(files.html, render_page(report, sheet, title=title))
     # The JSON is last: who finds it finds the rest.

@@ -14,7 +14,8 @@ from fewstep.evaluate import distances
 from fewstep.evaluate.alignment import AlignmentScorer
 from fewstep.evaluate.baselines import Conditions, RowSpec, Sampler, Samples
 from fewstep.evaluate.features import Lite0Features
-from fewstep.evaluate.schema import Result
+from fewstep.evaluate.holes import Holes, measure_holes
+from fewstep.evaluate.schema import HoleResult, Result
 from fewstep.evaluate.settings import EvaluateSettings
 
 #: latents (B, C, h, w) -> pictures, uint8 (B, 3, H, W).
@@ -45,16 +46,18 @@ class References:
     """What every row is measured against.
 
     Attributes:
-        real_features: of held-out real pictures, (M, 1280).
+        real_features: of held-out real pictures, (M, 1280); of inpainting, of the N pictures that have the holes.
         teacher: the guided teacher's pictures with many steps, of the same prompts and noise.
         prompts: N of them.
         scorer: a fitted alignment scorer; None leaves the alignment out.
+        holes: of inpainting, N of them.
     """
 
     real_features: Tensor
     teacher: Pictures
     prompts: Sequence[str]
     scorer: AlignmentScorer | None
+    holes: Holes | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class RowOutcome:
         result: the row of the report, still without its time.
         kid_to_real: with draws that are shared by all rows.
         grid: the pictures of the prompts to show and of the first held-out ones, uint8.
+        hole: of inpainting.
     """
 
     spec: RowSpec
     result: Result
     kid_to_real: distances.Estimate
     grid: Tensor
+    hole: HoleResult | None = None
 
 
 def make_pictures(
@@ -106,7 +111,11 @@ def measure_row(spec: RowSpec, pictures: Pictures, *, references: References, se
         DataError: sets of different sizes where one-to-one partners are needed.
     """
     draws: dict[str, Any] = {"num_bootstrap": settings.num_bootstrap, "seed": settings.seed}
-    to_real = distances.kid_with_interval(pictures.features, references.real_features, **draws)
+    # An inpainted picture shares what is around the hole with its real one: those two are left out of the cross term.
+    holes = references.holes
+    to_real = distances.kid_with_interval(
+        pictures.features, references.real_features, paired=holes is not None, **draws
+    )
     # The partners share prompt and noise, so they are left out of the cross term.
     to_teacher = distances.kid_with_interval(pictures.features, references.teacher.features, paired=True, **draws)
     frechet = distances.frechet_with_interval(pictures.features, references.real_features, seed=settings.seed)
@@ -136,7 +145,10 @@ def measure_row(spec: RowSpec, pictures: Pictures, *, references: References, se
     )
     # A copy: a view would keep every picture of the row alive.
     grid = torch.cat([pictures.shown, pictures.images])[: settings.grid_prompts].clone()
-    return RowOutcome(spec, result, to_real, grid)
+    hole = None
+    if holes is not None:
+        hole = measure_holes(spec, pictures.images, teacher=references.teacher.images, holes=holes, settings=settings)
+    return RowOutcome(spec, result, to_real, grid, hole)
 
 
 def evaluate_row(

@@ -117,6 +117,31 @@ class StageUsage(_Figures):
     skipped: bool = Field(default=False, description="done in an earlier run")
 
 
+class HoleResult(_Figures):
+    """One method at one number of steps, as an inpainter. `…_ci` is the 95 % interval of that field."""
+
+    method: Method
+    num_inference_steps: int
+    hole_mse: Figure = Field(
+        description="mean squared distance (pixels of 0 to 1), inside the hole, to the teacher's picture of the same "
+        "prompt, hole and noise"
+    )
+    hole_mse_ci: FigureInterval
+    known_mse: Figure = Field(description="the same, outside the hole, to the real picture")
+    known_mse_ci: FigureInterval
+
+
+class Inpainting(_Figures):
+    """What only inpainting models are judged by."""
+
+    results: list[HoleResult]
+    hole_share: float = Field(description="mean share of a picture that is hole")
+    vae_known_mse: Figure = Field(
+        description="known_mse of the real pictures through the VAE and back: what keeping them exactly reads"
+    )
+    vae_known_mse_ci: FigureInterval
+
+
 class Report(_Figures):
     """The whole comparison."""
 
@@ -130,6 +155,7 @@ class Report(_Figures):
         description="relative L2 error of v̂ of the w-conditioned network against the guided pair, on held-out prompts "
         "and weights, before any halving",
     )
+    inpainting: Inpainting | None = Field(default=None, description="of inpainting models alone")
     settings: dict[str, object] = Field(description="of the evaluation")
     num_real_images: int
     versions: dict[str, str]

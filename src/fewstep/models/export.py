@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.errors import ModelError
 
 #: What a student shares with its teacher.
-_SHARED = ("vae", "text_encoder", "tokenizer", "model_index.json")
+_SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "model_index.json")
 
 
 def export_model(source: Path, folder: Path, *, half: bool = False, base: str | None = None) -> None:
@@ -22,7 +22,7 @@ def export_model(source: Path, folder: Path, *, half: bool = False, base: str | 
         source: the model's folder.
         folder: new or empty.
         half: store the weights as float16; loading brings them back to the precision that is asked for.
-        base: name of a packaged model whose VAE, text encoder and tokenizer this one shares; they are left out, and
+        base: name of a packaged model whose VAE, text encoders and tokenizers this one shares; they are left out, and
             `compose.json` says where they are.
 
     Raises:

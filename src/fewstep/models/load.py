@@ -11,11 +11,27 @@ import torch
 from safetensors import SafetensorError
 
 from fewstep.errors import ModelError
+from fewstep.models.class_conditional import load_class_conditional
+from fewstep.models.dit import load_dit
+from fewstep.models.inpainting import load_inpainting
 from fewstep.models.parts import Parts
+from fewstep.models.sdxl import SDXLParts, load_sdxl
 from fewstep.models.text_latent import TextToImageParts, load_text_latent
 
+#: What draws from a prompt alone.
+TextToImageModel = TextToImageParts | SDXLParts
+
 #: `_class_name` in model_index.json -> what reads such a folder.
-_READERS: dict[str, Callable[..., Parts]] = {}
+_READERS: dict[str, Callable[..., Parts]] = {
+    "ClassConditionalPipeline": load_class_conditional,
+    "DiTPipeline": load_dit,
+    "DiTStudentPipeline": load_dit,
+    "StableDiffusionInpaintPipeline": load_inpainting,
+    # Pipelines over one and the same parts; those that are no text-to-image model are told so.
+    "StableDiffusionXLImg2ImgPipeline": load_sdxl,
+    "StableDiffusionXLInpaintPipeline": load_sdxl,
+    "StableDiffusionXLPipeline": load_sdxl,
+}
 
 
 def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Parts:
@@ -53,5 +69,20 @@ def load_parts(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Tex
         raise ModelError(
             f"{folder} is a model of the family {parts.family}, and a text-to-image model of Stable Diffusion's kind "
             "is needed here"
+        )
+    return parts
+
+
+def load_text_to_image(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> TextToImageModel:
+    """Read a model that draws from a prompt alone, frozen and in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: see `load_model`; or the model needs something else than a prompt.
+    """
+    parts = load_model(folder, dtype=dtype)
+    if not isinstance(parts, TextToImageModel):
+        raise ModelError(
+            f"{folder} is a model of the family {parts.family}, which draws from more than a prompt or from none: "
+            f"name one of the family {TextToImageParts.family} or {SDXLParts.family}"
         )
     return parts

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -19,11 +19,11 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import ModelError
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.folder import check_components, choose_attention, load_network, read_scheduler
-from fewstep.models.parts import Parts, pixels_of
+from fewstep.models.latent import ClipParts
 
 
-@dataclass
-class TextToImageParts(Parts):
+@dataclass(kw_only=True)
+class TextToImageParts(ClipParts):
     """The parts of a Stable-Diffusion-shaped model.
 
     Attributes:
@@ -33,67 +33,10 @@ class TextToImageParts(Parts):
 
     family: ClassVar[str] = "text_latent"
 
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    scheduler_config: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        # A schedule or prediction type that is not known is told when the model is read, not in the first step.
-        _ = self.schedule, self.prediction_type
-
-    @property
-    def _networks(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        return self.vae, self.text_encoder, self.unet
-
-    @property
-    def network(self) -> UNet2DConditionModel:
-        return self.unet
-
-    def with_network(self, network: nn.Module, scheduler_config: dict[str, Any]) -> Self:
-        return replace(self, unet=network, scheduler_config=scheduler_config)
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.latent_shape
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents at the model's own resolution."""
-        size = self.unet.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.vae.config["latent_channels"], height, width
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-
-    @property
-    def resolution(self) -> int:
-        """Side of the pictures in pixels."""
-        return self.latent_shape[1] * self.vae_scale_factor
-
-    def token_ids(self, prompts: Sequence[str]) -> Tensor:
-        """Return the token ids of the prompts, padded and cut to the tokenizer's length, (B, L) int64, on the CPU."""
-        return self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the text embeddings that the U-Net attends to, (B, L, D); "" is the null prompt."""
-        return self.text_encoder(self.token_ids(prompts).to(self.text_encoder.device)).last_hidden_state
-
     def denoiser(self) -> Denoiser:
         return text_denoiser(
             self.unet,
-            null_embedding=self.encode_prompts([""]),
+            null_embedding=self._null_embedding(),
             schedule=self.schedule,
             prediction_type=self.prediction_type,
         )
@@ -101,20 +44,6 @@ class TextToImageParts(Parts):
     def conditions(self, samples: Sequence[Mapping[str, Any]]) -> Condition:
         """Return the text embeddings of the samples' captions."""
         return {"text": self.encode_prompts([sample["caption"] for sample in samples])}
-
-    @torch.no_grad()
-    def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the scaled latents of uint8 pictures (B, 3, H, W), float32."""
-        x = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
-        posterior = self.vae.encode(x).latent_dist
-        scale = self.vae.config["scaling_factor"]
-        return posterior.mean.float() * scale, posterior.std.float() * scale
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the pictures of scaled latents (B, C, h, w): uint8 (B, 3, H, W)."""
-        x = (latents / self.vae.config["scaling_factor"]).to(self.vae.device, self.vae.dtype)
-        return pixels_of(self.vae.decode(x).sample)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """Return an unmodified StableDiffusionPipeline over these parts."""
@@ -136,7 +65,8 @@ class TextToImageParts(Parts):
         self.pipeline().save_pretrained(str(folder), safe_serialization=True)
 
 
-_NEEDED = {
+#: What a folder of the Stable Diffusion kind holds, in words.
+CLIP_COMPONENTS = {
     "unet": "the denoising network",
     "vae": "the autoencoder of the latents",
     "text_encoder": "the text encoder",
@@ -151,7 +81,7 @@ def load_text_latent(folder: Path, *, dtype: torch.dtype) -> TextToImageParts:
     Raises:
         ModelError: a part is missing or of another kind, or U-Net and VAE do not fit together.
     """
-    check_components(folder, _NEEDED, what="A text-to-image teacher")
+    check_components(folder, CLIP_COMPONENTS, what="A text-to-image teacher")
     parts = TextToImageParts(
         vae=load_network(AutoencoderKL, folder / "vae", torch_dtype=dtype),
         text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
@@ -161,8 +91,19 @@ def load_text_latent(folder: Path, *, dtype: torch.dtype) -> TextToImageParts:
     )
     taken, made = parts.unet.config["in_channels"], parts.vae.config["latent_channels"]
     if taken != made:
+        hint = (
+            ". It is an inpainting model's: save it with StableDiffusionInpaintPipeline, for model_index.json to say so"
+            if taken == 2 * made + 1
+            else ""
+        )
         raise ModelError(
             f"the U-Net of {folder} takes {taken} channels but its VAE has {made}: text-to-image needs the two equal"
+            f"{hint}"
+        )
+    if parts.unet.config["addition_embed_type"] == "text_time":
+        raise ModelError(
+            f"the U-Net of {folder} takes sizes and pooled text as Stable Diffusion XL's does, but model_index.json "
+            "names another pipeline: save it with StableDiffusionXLPipeline"
         )
     choose_attention(*parts.latent_shape[1:])
     return parts
@@ -179,7 +120,7 @@ def forward_text(
 def text_denoiser(
     unet: UNet2DConditionModel,
     *,
-    null_embedding: Tensor,
+    null_embedding: Tensor | None,
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
 ) -> Denoiser:
@@ -187,7 +128,7 @@ def text_denoiser(
 
     Args:
         unet: guided teacher or w-conditioned student.
-        null_embedding: text embedding of the empty prompt, (1, L, D).
+        null_embedding: text embedding of the empty prompt, (1, L, D); None for a U-Net without that branch.
         schedule: its noise schedule.
         prediction_type: what it outputs.
     """
@@ -197,5 +138,5 @@ def text_denoiser(
         schedule=schedule,
         prediction_type=prediction_type,
         condition_names=("text",),
-        null={"text": null_embedding},
+        null={} if null_embedding is None else {"text": null_embedding},
     )

@@ -1,0 +1,117 @@
+"""What the text models in latents share: a U-Net around a VAE, and CLIP's text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fewstep.models.parts import Parts, pixels_of
+
+
+@dataclass(kw_only=True)
+class LatentParts(Parts):
+    """A U-Net in the latents of a VAE.
+
+    Attributes:
+        vae, unet: as in diffusers' pipelines.
+        scheduler_config: the scheduler's configuration as a dictionary.
+    """
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler_config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # A schedule or prediction type that is not known is told when the model is read, not in the first step.
+        _ = self.schedule, self.prediction_type
+
+    @property
+    def network(self) -> UNet2DConditionModel:
+        return self.unet
+
+    def with_network(self, network: nn.Module, scheduler_config: dict[str, Any]) -> Self:
+        return replace(self, unet=network, scheduler_config=scheduler_config)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.latent_shape
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents at the model's own resolution."""
+        size = self.unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.vae.config["latent_channels"], height, width
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.latent_shape[1] * self.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the scaled latents of uint8 pictures (B, 3, H, W), float32."""
+        return self._encode(pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1)
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(x).latent_dist
+        scale = self.vae.config["scaling_factor"]
+        return posterior.mean.float() * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the pictures of scaled latents (B, C, h, w): uint8 (B, 3, H, W)."""
+        x = (latents / self.vae.config["scaling_factor"]).to(self.vae.device, self.vae.dtype)
+        return pixels_of(self.vae.decode(x).sample)
+
+
+@dataclass(kw_only=True)
+class ClipParts(LatentParts):
+    """A U-Net that attends to the tokens of one CLIP text encoder, as Stable Diffusion's do.
+
+    Attributes:
+        text_encoder, tokenizer: as in `StableDiffusionPipeline`.
+    """
+
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+    @property
+    def _networks(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.vae, self.text_encoder, self.unet
+
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Return the token ids of the prompts, padded and cut to the tokenizer's length, (B, L) int64, on the CPU."""
+        return tokenize(self.tokenizer, prompts)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return the text embeddings that the U-Net attends to, (B, L, D); "" is the null prompt."""
+        return self.text_encoder(self.token_ids(prompts).to(self.text_encoder.device)).last_hidden_state
+
+    def _null_embedding(self) -> Tensor | None:
+        """Return the embedding of the empty prompt, (1, L, D); None for a U-Net that takes w: it has one branch."""
+        return self.encode_prompts([""]) if self.unet.config["time_cond_proj_dim"] is None else None
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Return token ids, padded and cut to the tokenizer's length, (B, L) int64, on the CPU."""
+    ids: Tensor = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids

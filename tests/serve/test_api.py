@@ -48,7 +48,7 @@ def engine(tmp_path: Path) -> Engine:
     folder = tiny_student_folder(tmp_path / "emoji", num_inference_steps=1)
     parts, info = load_parts(folder), read_student_info(folder)
     assert info is not None
-    return Engine([Student(make_card("emoji", parts, info), parts)])
+    return Engine([Student(make_card("emoji", parts, info), parts, info)])
 
 
 async def call(app: Any, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, str], Any]:
@@ -114,6 +114,23 @@ def test_a_request_beyond_the_queue_is_refused_whole_and_room_comes_back(engine:
 
     assert asyncio.run(burst()) == [200, 429, 200]
     assert backend.drawn == 12
+
+
+def test_a_negative_prompt_is_a_400_that_says_it_has_no_effect(engine: Engine) -> None:
+    status, _, body = post(LocalBackend(engine), {"prompt": "a red apple", "negative_prompt": "blurry"})
+    assert (status, body["error"]["param"], body["error"]["code"]) == (400, "negative_prompt", "unsupported_parameter")
+    assert "no effect" in body["error"]["message"]
+
+
+def test_guidance_beyond_the_trained_range_only_on_purpose(engine: Engine) -> None:
+    asked = {"prompt": "a red apple", "seed": 7, "guidance_scale": 9.0}
+    status, _, body = post(LocalBackend(engine), asked)
+    assert (status, body["error"]["param"]) == (400, "guidance_scale")
+    assert "outside 1 … 7" in body["error"]["message"]
+    status, _, far = post(LocalBackend(engine), {**asked, "extrapolate": True})
+    assert (status, far["guidance_scale"]) == (200, 9.0)
+    _, _, near = post(LocalBackend(engine), {**asked, "guidance_scale": 7.0})
+    assert near["data"] != far["data"]
 
 
 def test_seeds_wrap_at_their_bound(engine: Engine) -> None:

@@ -1,6 +1,7 @@
 """Which student a request is for."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -48,9 +49,19 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("guidance", [0.9, 5.1])
-def test_guidance_out_of_range_names_the_range(guidance: float) -> None:
-    with pytest.raises(InvalidRequestError, match="outside 1 … 5"):
+def test_guidance_out_of_range_names_the_range_unless_it_is_meant(guidance: float) -> None:
+    with pytest.raises(InvalidRequestError, match=r'outside 1 … 5.*"extrapolate": true'):
         choose(guidance=guidance)
+    settings = {"model": None, "num_inference_steps": None, "guidance_scale": guidance}
+    assert resolve(CATALOG, **settings, extrapolate=True) == (CATALOG[0], guidance)
+
+
+def test_a_student_of_one_weight_has_nothing_to_extrapolate() -> None:
+    single = [replace(CATALOG[0], w_min=2.0, w_max=2.0)]
+    settings = {"model": None, "num_inference_steps": None, "extrapolate": True}
+    assert resolve(single, guidance_scale=3.0, **settings)[1] == 3.0
+    with pytest.raises(InvalidRequestError, match="no effect on emoji, which was made for 3 alone"):
+        resolve(single, guidance_scale=4.0, **settings)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

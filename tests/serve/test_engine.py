@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fewstep.diffusion.schedulers import StochasticDDIMScheduler
 from fewstep.errors import ModelError, SamplingError
-from fewstep.models import load_parts, read_student_info
+from fewstep.models import StudentInfo, TextToImageParts, copy_student, load_parts, read_student_info
 from fewstep.serve.catalog import ImageRequest
 from fewstep.serve.engine import Engine, Student, load_engine, load_student, make_card
-from fewstep.serve.sample import sample_images
+from fewstep.serve.sample import sample_images, weight_in_interval
 from fewstep.serve.settings import ServeSettings
 from fewstep.tracking.settings import TrackingSettings
 from tiny import tiny_student_folder, tiny_teacher_folder
@@ -38,7 +41,7 @@ def load(folders: list[Path], **options: object) -> Engine:
     for folder in folders:
         parts, info = load_parts(folder), read_student_info(folder)
         assert info is not None
-        students.append(Student(make_card("emoji", parts, info, version="3"), parts))
+        students.append(Student(make_card("emoji", parts, info, version="3"), parts, info))
     return Engine(students, **options)  # type: ignore[arg-type]
 
 
@@ -169,6 +172,133 @@ def test_a_teacher_is_not_served(tmp_path: Path) -> None:
     folder = tiny_teacher_folder(tmp_path / "teacher")
     with pytest.raises(ModelError, match="no few-step student"):
         load_student(str(folder), storage=None, tracking=TrackingSettings())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("encoder", "goes from the picture to noise"), ("naive", "two evaluations a step")]
+)
+def test_students_that_cannot_draw_in_one_evaluation_a_step_are_not_served(
+    folders: list[Path], tmp_path: Path, kind: str, words: str
+) -> None:
+    folder = told_otherwise(folders[0], tmp_path / "other", kind=kind)
+    with pytest.raises(ModelError, match=f"cannot be served: .*{words}: serving needs one that is deterministic or"):
+        load_student(str(folder), storage=None, tracking=TrackingSettings())
+
+
+def test_a_stochastic_student_draws_diffusers_picture_of_a_seed(folders: list[Path], tmp_path: Path) -> None:
+    folder = told_otherwise(folders[0], tmp_path / "emoji-4", kind="stochastic")
+    engine = Engine([load_student(str(folder), storage=None, tracking=TrackingSettings())])
+    pipeline = engine.students[0].parts.pipeline()
+    pipeline.scheduler = StochasticDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np", "generator": generators}
+    theirs = pipeline(["a red apple"] * 2, **settings).images
+    # Each picture in other company: fresh noise belongs to the seed, not to the row.
+    ours = [
+        engine.generate([request(1), request(7, guidance_scale=3.0)])[1],
+        engine.generate([request(8, guidance_scale=3.0), request(7)])[0],
+    ]
+    for own, stock in zip(ours, theirs, strict=True):
+        assert np.abs(own.pixels.astype(int) - np.round(stock * 255).astype(int)).max() <= 1
+    images = sample_images(
+        engine.students[0].parts,
+        prompts=["a red apple"] * 2,
+        seeds=[7, 8],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        info=engine.students[0].info,
+    )
+    assert np.abs(np.asarray(images[1]).astype(int) - ours[1].pixels).max() <= 1
+    deterministic = load(folders[:1]).generate([request(7, guidance_scale=3.0)])[0]
+    assert not np.array_equal(deterministic.pixels, ours[0].pixels)
+
+
+def test_the_default_of_a_student_of_one_weight_is_that_weight(folders: list[Path], tmp_path: Path) -> None:
+    folder = told_otherwise(folders[0], tmp_path / "emoji-4", w_min=2.0, w_max=2.0, guidance_scale=4.0)
+    student = load_student(str(folder), storage=None, tracking=TrackingSettings())
+    assert student.card.guidance_scale_default == 3.0
+    assert Engine([student]).generate([request(1)])[0].guidance_scale == 3.0
+
+
+def told_otherwise(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a student that says other things of itself."""
+    info = read_student_info(folder)
+    assert info is not None
+    copy_student(folder, target, replace(info, **changes))
+    return target
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> TextToImageParts:
+    return load_parts(tiny_teacher_folder(tmp_path_factory.mktemp("teacher") / "teacher"))
+
+
+def pictures(parts: TextToImageParts, info: StudentInfo | None = None, **options: Any) -> np.ndarray:
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "info": info} | options
+    return np.stack([np.asarray(image) for image in sample_images(parts, prompts=["an emoji"], seeds=[5], **settings)])
+
+
+def test_a_negative_prompt_takes_the_null_prompts_place(teacher: TextToImageParts, folders: list[Path]) -> None:
+    plain = pictures(teacher)
+    assert np.array_equal(pictures(teacher, negative_prompt=""), plain)
+    assert not np.array_equal(pictures(teacher, negative_prompt="two birds on blue"), plain)
+    pipeline = teacher.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "generator": [torch.Generator().manual_seed(5)]}
+    stock = pipeline(["an emoji"], negative_prompt=["two birds on blue"], output_type="np", **settings).images
+    own = pictures(teacher, negative_prompt="two birds on blue").astype(int)
+    assert np.abs(own - np.round(stock * 255).astype(int)).max() <= 1
+    with pytest.raises(SamplingError, match="no effect at guidance_scale=1"):
+        pictures(teacher, negative_prompt="birds", guidance_scale=1.0)
+    student, info = load_parts(folders[0]), read_student_info(folders[0])
+    assert info is not None
+    for made_for in (info, replace(info, w_min=3.0, w_max=3.0)):
+        with pytest.raises(SamplingError, match="a negative prompt has no effect on this model"):
+            pictures(student, made_for, negative_prompt="birds")
+
+
+def test_guidance_in_an_interval(teacher: TextToImageParts, folders: list[Path]) -> None:
+    for parts, info in ((teacher, None), (load_parts(folders[0]), read_student_info(folders[0]))):
+        everywhere = pictures(parts, info, guidance_interval=(0.0, 1.0))
+        assert np.array_equal(everywhere, pictures(parts, info))
+        inside = pictures(parts, info, guidance_interval=(0.4, 0.8))
+        assert not np.array_equal(inside, everywhere)
+        assert not np.array_equal(inside, pictures(parts, info, guidance_scale=1.0))
+        with pytest.raises(SamplingError, match=r"no step begins within .*begin at t = 1, 0.75, 0.5, 0.25; widen it"):
+            pictures(parts, info, guidance_interval=(0.6, 0.7))
+        with pytest.raises(SamplingError, match=r"0\.8 … 0\.4 must be within 0 … 1"):
+            pictures(parts, info, guidance_interval=(0.8, 0.4))
+
+
+def test_weights_outside_an_interval_are_the_least_trained(folders: list[Path]) -> None:
+    parts, info = load_parts(folders[0]), read_student_info(folders[0])
+    assert info is not None
+    from_one = replace(info, w_min=1.0)
+    t = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    settings: dict[str, Any] = {"guidance_scale": 4.0, "interval": (0.4, 0.8), "num_inference_steps": 4}
+    assert weight_in_interval(parts, from_one, **settings)(t).tolist() == [1, 3, 3, 1]
+    assert weight_in_interval(parts, from_one, extrapolate=True, **settings)(t).tolist() == [0, 3, 3, 0]
+    assert weight_in_interval(parts, info, **settings)(t).tolist() == [0, 3, 3, 0]
+    with pytest.raises(SamplingError, match="its one weight, w = 3, is built in"):
+        weight_in_interval(parts, replace(info, w_min=3.0, w_max=3.0), **settings)
+
+
+def test_a_student_of_one_weight_takes_one_evaluation_and_an_encoder_none(
+    teacher: TextToImageParts, folders: list[Path]
+) -> None:
+    info = read_student_info(folders[0])
+    assert info is not None
+    single, sizes = replace(info, w_min=3.0, w_max=3.0), []
+    hook = teacher.unet.register_forward_hook(lambda m, a, out: sizes.append(len(a[0])))
+    pictures(teacher, single)
+    pictures(teacher, replace(info, kind="naive"))
+    hook.remove()
+    assert sizes == [1] * 4 + [2] * 4
+    with pytest.raises(SamplingError, match=r"guidance_scale=5 has no effect .* the one weight w = 3: use 4 or leave"):
+        pictures(teacher, single, guidance_scale=5.0, extrapolate=True)
+    with pytest.raises(SamplingError, match="from the picture to noise: drawing from a prompt needs"):
+        pictures(teacher, replace(info, kind="encoder"))
 
 
 def test_sampling_without_a_server_is_the_same_picture(folders: list[Path], engine: Engine) -> None:

@@ -27,7 +27,7 @@ def test_every_field_that_the_client_knows_is_taken() -> None:
             "background": "opaque", "moderation": "low", "user": "u", "safety_identifier": "s",
             "stream": False, "partial_images": 0,
             "complexity": None, "frame_count": None, "frame_duration_ms": None, "svg": None,
-            "seed": 7, "num_inference_steps": 4, "guidance_scale": 3, "negative_prompt": None,
+            "seed": 7, "num_inference_steps": 4, "guidance_scale": 3, "extrapolate": True, "negative_prompt": None,
         }
     )  # fmt: skip
 
@@ -53,6 +53,8 @@ def test_every_field_that_the_client_knows_is_taken() -> None:
         ({"stream": True}, "stream", "unsupported_value", "not supported yet"),
         ({"partial_images": 2}, "partial_images", "unsupported_value", "leave out"),
         ({"frame_count": 9}, "frame_count", "unsupported_parameter", "leave it out"),
+        ({"extrapolate": "yes"}, "extrapolate", "invalid_type", "boolean"),
+        ({"negative_prompt": ""}, "negative_prompt", "unsupported_parameter", "no effect"),
         ({"negative_prompt": "blurry"}, "negative_prompt", "unsupported_parameter", "no effect"),
         ({"num_inference_step": 4}, "num_inference_step", "unknown_parameter", "did you mean 'num_inference_steps'?"),
         ({"zzz": 4}, "zzz", "unknown_parameter", "known fields are"),

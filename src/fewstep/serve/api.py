@@ -75,7 +75,11 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
         nonlocal in_flight_images
         catalog = await backend.catalog()
         student, guidance_scale = resolve(
-            catalog, model=body.model, num_inference_steps=body.num_inference_steps, guidance_scale=body.guidance_scale
+            catalog,
+            model=body.model,
+            num_inference_steps=body.num_inference_steps,
+            guidance_scale=body.guidance_scale,
+            extrapolate=bool(body.extrapolate),
         )
         check_size(body.size, student)
         output_format, quality = check_output(body)
@@ -93,6 +97,7 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
                 model=student.label,
                 num_inference_steps=student.num_inference_steps,
                 guidance_scale=guidance_scale,
+                extrapolate=bool(body.extrapolate),
             )
             for k in range(n)
         ]

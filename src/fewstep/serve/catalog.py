@@ -61,13 +61,14 @@ class StudentCard:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One picture to draw. None means the default of the model."""
+    """One picture to draw. None means the default of the model; `extrapolate` takes guidance outside its range."""
 
     prompt: str
     seed: int
     model: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    extrapolate: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,12 @@ def resolve(
     model: str | None,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    extrapolate: bool = False,
 ) -> tuple[StudentCard, float]:
     """Return the student that a request is for, and its guidance_scale.
 
     Without a model the step count alone chooses, among all; without a step count the first candidate is taken.
+    `extrapolate` takes a guidance scale outside the trained range on purpose.
 
     Raises:
         InvalidRequestError: unknown model, a step count that no candidate was made for, or guidance out of range.
@@ -141,10 +144,19 @@ def resolve(
         return student, student.guidance_scale_default
     low, high = student.guidance_scale_range
     # One part in a million of slack: 1 + w and g − 1 do not round to the same float.
-    if not low - 1e-6 <= guidance_scale <= high + 1e-6:
+    if low - 1e-6 <= guidance_scale <= high + 1e-6:
+        return student, guidance_scale
+    if low == high:
+        raise InvalidRequestError(
+            f"guidance_scale={guidance_scale:g} has no effect on {student.id}, which was made for {low:g} alone: "
+            "send that, or leave it out.",
+            param="guidance_scale",
+            code="unsupported_value",
+        )
+    if not extrapolate:
         raise InvalidRequestError(
             f"guidance_scale={guidance_scale:g} is outside {low:g} … {high:g}, the range that {student.id} was trained "
-            "for: choose one in it, or leave it out.",
+            'for: choose one in it, leave it out, or send "extrapolate": true to go beyond it on purpose.',
             param="guidance_scale",
             code="unsupported_value",
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -16,25 +17,36 @@ _EXIF_SOFTWARE = 0x0131
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture was made; written into its file, so that it can be made again and is known to be generated."""
+    """How a picture was made; written into its file, so that it can be made again and is known to be generated.
+
+    Attributes:
+        prompt, seed, num_inference_steps, guidance_scale, model: of every picture.
+        details: what else was asked for, by name.
+    """
 
     prompt: str
     seed: int
     num_inference_steps: int
     guidance_scale: float
     model: str
+    details: Mapping[str, str] = field(default_factory=dict)
 
     def as_text(self) -> dict[str, str]:
         """Return the metadata, key to text; nothing in it depends on when or where the picture was made."""
         return {
             "Title": "AI-generated",
             "Software": "fewstep",
-            "prompt": "".join(c for c in self.prompt if c.isprintable() or c == "\n"),
+            "prompt": _printable(self.prompt),
             "seed": str(self.seed),
             "num_inference_steps": str(self.num_inference_steps),
             "guidance_scale": format(self.guidance_scale, "g"),
             "model": self.model,
+            **{name: _printable(value) for name, value in self.details.items()},
         }
+
+
+def _printable(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 def encode_image(

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fewstep.errors import ModelError
-from fewstep.models import StudentInfo, TextToImageParts, load_parts, read_student_info
+from fewstep.errors import ModelError, SamplingError
+from fewstep.models import StudentInfo, TextToImageModel, load_text_to_image, read_student_info
 from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard, resolve
 from fewstep.serve.errors import InvalidRequestError
+from fewstep.serve.files import default_guidance_scale
 from fewstep.serve.sample import EMPTY_PROMPT, sample_pixels
 from fewstep.serve.settings import ServeSettings
 from fewstep.storage import Storage
@@ -25,15 +26,16 @@ from fewstep.tracking.tracker import Tracker
 
 logger = logging.getLogger("fewstep.serve")
 
-_NETWORKS = ("vae", "text_encoder")
+_NETWORKS = ("vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class Student:
-    """A loaded student: its card, and its networks."""
+    """A loaded student: its card, its networks, and what it was made for, which says how it is sampled."""
 
     card: StudentCard
-    parts: TextToImageParts
+    parts: TextToImageModel
+    info: StudentInfo
 
 
 class Engine:
@@ -75,14 +77,15 @@ class Engine:
             model=request.model,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
+            extrapolate=request.extrapolate,
         )
         return self.students[self.catalog.index(card)]
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[GeneratedImage]:
         """Return one picture per request, in order. Requests for the same student run as one batch.
 
-        Each picture's noise comes from a CPU generator with its own seed, (C, H, W), as in diffusers with a list of
-        generators, so it does not depend on its batch-mates.
+        Each picture's noise, a stochastic student's too, comes from a CPU generator with its own seed, (C, H, W), as in
+        diffusers with a list of generators, so it does not depend on its batch-mates.
 
         Raises:
             InvalidRequestError: as in `check`; nothing is drawn then.
@@ -106,7 +109,9 @@ class Engine:
         prompts = [request.prompt for request in requests] + [requests[-1].prompt] * padding
         seeds = [request.seed for request in requests] + [requests[-1].seed] * padding
         w = torch.tensor(guidance + [guidance[-1]] * padding, dtype=torch.float32) - 1
-        pixels = sample_pixels(parts, prompts=prompts, seeds=seeds, w=w, num_inference_steps=card.num_inference_steps)
+        pixels = sample_pixels(
+            parts, prompts=prompts, seeds=seeds, w=w, num_inference_steps=card.num_inference_steps, info=student.info
+        )
         images = pixels[: len(requests)].permute(0, 2, 3, 1).cpu().numpy()
         result = []
         for request, g, image in zip(requests, guidance, images, strict=True):
@@ -131,7 +136,8 @@ def load_student(
     """Return the student that a model URI names, on the CPU.
 
     Raises:
-        ModelError: it cannot be had, or it is no student for one step count.
+        ModelError: it cannot be had, it is no student for one step count, or one that is not sampled from noise with
+            one evaluation a step.
     """
     version = None
     if uri.startswith("models:"):
@@ -150,11 +156,15 @@ def load_student(
             f"{uri} is no few-step student ({what}): serve what the progressive stage made; "
             "`fewstep sample` draws with the others"
         )
-    parts = load_parts(folder, dtype=dtype)
-    return Student(make_card(model_id, parts, info, version=version), parts)
+    try:
+        info.check_kind("serving", "deterministic", "stochastic")
+    except SamplingError as error:
+        raise ModelError(f"{uri} cannot be served: {error}") from error
+    parts = load_text_to_image(folder, dtype=dtype)
+    return Student(make_card(model_id, parts, info, version=version), parts, info)
 
 
-def make_card(model_id: str, parts: TextToImageParts, info: StudentInfo, *, version: str | None = None) -> StudentCard:
+def make_card(model_id: str, parts: TextToImageModel, info: StudentInfo, *, version: str | None = None) -> StudentCard:
     """Return the card of a loaded student that was made for one step count."""
     assert info.num_inference_steps is not None
     _, height, width = parts.latent_shape
@@ -166,7 +176,7 @@ def make_card(model_id: str, parts: TextToImageParts, info: StudentInfo, *, vers
         num_inference_steps=info.num_inference_steps,
         w_min=info.w_min,
         w_max=info.w_max,
-        w_default=info.guidance_scale - 1,
+        w_default=default_guidance_scale(info, None) - 1,
         max_prompt_tokens=parts.tokenizer.model_max_length - 2,
         loaded_at_s=int(time.time()),
     )
@@ -194,13 +204,13 @@ def load_engine(settings: ServeSettings, *, storage: Storage | None, tracking: T
     return engine
 
 
-def _share_equal_networks(students: Sequence[TextToImageParts]) -> None:
-    """Let students of one family use the first one's VAE and text encoder, where all weights are equal."""
+def _share_equal_networks(students: Sequence[TextToImageModel]) -> None:
+    """Let students of one family use the first one's VAE and text encoders, where all weights are equal."""
     for position, parts in enumerate(students):
-        for name in _NETWORKS:
+        for name in (name for name in _NETWORKS if hasattr(parts, name)):
             own = getattr(parts, name)
             for earlier in students[:position]:
-                if _equal(own, getattr(earlier, name)):
+                if hasattr(earlier, name) and _equal(own, getattr(earlier, name)):
                     setattr(parts, name, getattr(earlier, name))
                     break
 

@@ -1,4 +1,4 @@
-"""What goes over the wire: the OpenAI Images API (generations, models), with our three extensions.
+"""What goes over the wire: the OpenAI Images API (generations, models), with our four extensions.
 
 Field by field after OpenAI's reference and the newest client's types; what cannot be honoured is refused with the
 reason, never ignored.
@@ -65,6 +65,9 @@ class ImageGenerationRequest(BaseModel):
     )
     guidance_scale: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = Field(
         default=None, description="Guidance g = 1 + w, in the range that the student was trained for."
+    )
+    extrapolate: StrictBool | None = Field(
+        default=None, description="Take a guidance_scale outside that range on purpose."
     )
     negative_prompt: Any = Field(default=None, description="Not supported: guidance is distilled into the student.")
 

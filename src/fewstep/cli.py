@@ -113,6 +113,18 @@ _RECIPE_OPTION = click.option(
 )
 
 
+_INTERVAL_OPTION = click.option(
+    "--guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Guide only steps that begin at t in LOW … HIGH (0 clean, 1 noise); elsewhere with the least weight trained.",
+)
+_EXTRAPOLATE_OPTION = click.option(
+    "--extrapolate", is_flag=True, help="Take a guidance scale outside the student's trained range on purpose."
+)
+
+
 def _recipe(path: Path | None) -> Any:
     from fewstep.recipe import load_recipe
 
@@ -128,6 +140,9 @@ def _recipe(path: Path | None) -> Any:
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the first picture; one more for each next."
 )
+@click.option("--negative-prompt", help="What to lead away from: for teachers; a student has no branch for it.")
+@_INTERVAL_OPTION
+@_EXTRAPOLATE_OPTION
 @_RECIPE_OPTION
 @plain_errors
 def sample(
@@ -137,26 +152,111 @@ def sample(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     seed: int,
+    negative_prompt: str | None,
+    guidance_interval: tuple[float, float] | None,
+    extrapolate: bool,
     recipe: Path | None,
 ) -> None:
     """Make one PNG for each of PROMPTS with MODEL, a student or a teacher.
 
+    Each is drawn by the model's own sampler: a stochastic student's is deterministic for a seed too.
+
     Example: fewstep sample asset:emoji-student-4 "a red apple, twemoji" "two fruits on blue"
     """
-    from fewstep.models import load_parts, read_student_info
+    from fewstep.models import load_text_to_image, read_student_info
     from fewstep.serve.files import default_device, save_images
     from fewstep.workplace import open_model
 
     with open_model(model, _recipe(recipe)) as folder:
         files = save_images(
             out,
-            load_parts(folder).to(default_device()),
+            load_text_to_image(folder).to(default_device()),
             read_student_info(folder),
             model=model,
             prompts=prompts,
             seeds=[seed + number for number in range(len(prompts))],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            negative_prompt=negative_prompt,
+            extrapolate=extrapolate,
+        )
+    for file in files:
+        click.echo(str(file))
+
+
+@main.command()
+@click.argument("model")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, required=True, help="What to draw; again for further pictures.")
+@click.option("--strength", type=float, help="How far to go, in (0, 1].  [default: 0.5; with --mask 1]")
+@click.option("--mask", type=click.Path(path_type=Path), help="Picture that is white where IMAGE is drawn anew.")
+@click.option("--keep-pixels", is_flag=True, help="With --mask: put IMAGE's own pixels back around the hole.")
+@click.option("--from-prompt", help="What IMAGE shows: it is encoded to noise and decoded as --prompt says.")
+@click.option("--encoder", help="What encodes it: an encoder student or a teacher.  [default: MODEL, if a teacher]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Folder for the PNG files.  [default: .]")
+@click.option("--steps", "num_inference_steps", type=int, help="Steps of a teacher.  [default: 50; students: own]")
+@click.option("--guidance-scale", type=float, help="Guidance scale, 1 + w.  [default: the student's]")
+@click.option("--seed", type=int, help="Seed of the first picture; one more for each next.  [default: 0]")
+@_INTERVAL_OPTION
+@_EXTRAPOLATE_OPTION
+@_RECIPE_OPTION
+@plain_errors
+def edit(
+    model: str,
+    image: Path,
+    prompts: tuple[str, ...],
+    strength: float | None,
+    mask: Path | None,
+    keep_pixels: bool,
+    from_prompt: str | None,
+    encoder: str | None,
+    out: Path,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    seed: int | None,
+    guidance_interval: tuple[float, float] | None,
+    extrapolate: bool,
+    recipe: Path | None,
+) -> None:
+    """Change the picture IMAGE with MODEL, a student or a teacher, into one PNG for each --prompt.
+
+    Without further options it is noised and drawn over (image-to-image). --mask draws only a hole of it anew
+    (inpainting); --from-prompt keeps its layout and changes what it shows (translation, such as of style).
+
+    Example: fewstep edit asset:emoji-student-4 apple.png --prompt "a green apple, openmoji" --strength 0.5
+    """
+    from contextlib import ExitStack
+
+    from fewstep.serve.edit import Edit, load_for_editing, save_edits
+    from fewstep.workplace import open_model
+
+    with ExitStack() as opened:
+        loaded = _recipe(recipe)
+        drawing, encoding = load_for_editing(
+            opened.enter_context(open_model(model, loaded)),
+            name=model,
+            num_inference_steps=num_inference_steps,
+            encoder=None if encoder is None else opened.enter_context(open_model(encoder, loaded)),
+            encoder_name=encoder or "",
+        )
+        files = save_edits(
+            out,
+            drawing,
+            Edit(
+                image,
+                strength=strength,
+                mask=mask,
+                keep_pixels=keep_pixels,
+                from_prompt=from_prompt,
+                encoder=encoding,
+                seed=seed,
+            ),
+            name=model,
+            prompts=prompts,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            extrapolate=extrapolate,
         )
     for file in files:
         click.echo(str(file))
@@ -227,6 +327,42 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
     with open_workplace(loaded) as workplace:
         files = evaluate_models(loaded, workplace.storage, workplace.tracker, students=students, out=out)
     click.echo(str(files.html))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--gpu", default="h100", show_default=True, help="Kind of GPU: h100, h200, a100-80, a100-40, l40s, …")
+@click.option("--mfu", type=float, default=0.4, show_default=True, help="Share of the GPU's peak that is reached.")
+@click.option("--workers", type=int, help="GPUs of a training.  [default: the recipe's; 1 where it says auto]")
+@click.option("--samples", type=int, help="Training samples.  [default: the data set's, or as many as are seen]")
+@click.option(
+    "--shape", metavar="NAME", help="A shipped shape, or a folder with configurations, in the teacher's place."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+@plain_errors
+def plan(
+    recipe: Path,
+    gpu: str,
+    mfu: float,
+    workers: int | None,
+    samples: int | None,
+    shape: str | None,
+    as_json: bool,
+) -> None:
+    """Estimate what the real run of RECIPE takes: FLOPs, memory of a GPU, GPU-hours, bytes; stage by stage.
+
+    Everything is counted on networks without weights, so it needs no GPU, no network and no download. What does not fit
+    is said, with the settings that would make it fit.
+
+    Example: fewstep plan workflows/recipes/sdxl-laion-1024.yaml --gpu a100-80
+    """
+    import json
+
+    from fewstep.plan import plan_recipe, render
+    from fewstep.recipe import load_recipe
+
+    planned = plan_recipe(load_recipe(recipe), gpu=gpu, mfu=mfu, shape=shape, num_workers=workers, num_samples=samples)
+    click.echo(json.dumps(planned.to_json(), indent=2) if as_json else render(planned))
 
 
 @main.command()

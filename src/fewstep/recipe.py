@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
 from fewstep.data.masks import MaskSettings
 from fewstep.data.stream import StreamSettings
@@ -17,9 +18,10 @@ from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill.settings import GuidanceSettings, ProgressiveSettings
 from fewstep.distill.weights import LossWeight
 from fewstep.errors import RecipeError
+from fewstep.evaluate.classes.settings import ClassEvaluateSettings
 from fewstep.evaluate.gate import GateSettings
 from fewstep.evaluate.settings import EvaluateSettings
-from fewstep.models import AutoencoderArchitecture, TeacherArchitecture
+from fewstep.models import AutoencoderArchitecture, ClassArchitecture, TeacherArchitecture
 from fewstep.storage import StorageSettings
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.settings import ClusterSettings, TrainSettings
@@ -63,10 +65,15 @@ class ConvertStage(_Settings):
 
 
 class TeacherStage(_Settings):
-    """Training a teacher from nothing, a VAE and then U-Net and text encoder together; or training a model on."""
+    """Training a teacher from nothing, a VAE and then U-Net and text encoders together; or training a model on."""
 
     init: str | None = Field(
         None, description="MODEL to train on; its VAE and tokenizer stay; null begins from nothing"
+    )
+    inpainting: bool = Field(
+        False,
+        description="with init: let the model see a hole and the picture around it (encode.masks says how holes are "
+        "drawn), if it does not yet",
     )
     add_pooled_text: bool = Field(
         False, description="with init: let the pooled prompt reach the time embedding too, if the model's does not yet"
@@ -90,10 +97,43 @@ class TeacherStage(_Settings):
             raise ValueError(
                 "a teacher begins either from a model (init) or from nothing (autoencoder_train): name exactly one"
             )
+        if self.inpainting and self.init is None:
+            raise ValueError(
+                "inpainting changes the model named by init, and there is none: train a text-to-image teacher first "
+                "and name it there (asset:emoji-teacher is one)"
+            )
         if self.add_pooled_text and self.init is None:
             raise ValueError(
                 "add_pooled_text changes the model named by init, and there is none; a network from nothing takes "
                 "network.pooled_text"
+            )
+        return self
+
+
+class ClassTeacherStage(_Settings):
+    """Training a class-conditional teacher from nothing: in pixels, or after a VAE in latents."""
+
+    network: ClassArchitecture = Field(default_factory=ClassArchitecture, description="sizes of the U-Net")
+    autoencoder: AutoencoderArchitecture | None = Field(
+        None, description="sizes of the VAE of a teacher in latents; null: a teacher in pixels"
+    )
+    autoencoder_train: TrainSettings | None = Field(None, description="training of the VAE")
+    kl_weight: float = Field(1e-4, ge=0, description="weight of the VAE's KL term")
+    edge_weight: float = Field(1.0, ge=0, description="weight of the VAE's loss on differences of neighbouring pixels")
+    train: TrainSettings = Field(description="training of the U-Net")
+    condition_dropout: float = Field(0.1, gt=0, lt=1, description="share of rows trained without their class")
+    loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
+
+    @model_validator(mode="after")
+    def _check_latents(self) -> ClassTeacherStage:
+        if (self.autoencoder is None) != (self.autoencoder_train is None):
+            raise ValueError(
+                "a teacher in latents needs both autoencoder (its sizes) and autoencoder_train; one in pixels neither"
+            )
+        if self.autoencoder is not None and self.autoencoder.resolution != self.network.resolution:
+            raise ValueError(
+                f"autoencoder.resolution={self.autoencoder.resolution} is not network.resolution="
+                f"{self.network.resolution}: both are the side of the pictures in pixels; give both the same"
             )
         return self
 
@@ -159,12 +199,21 @@ class Recipe(_Settings):
     stream: StreamSettings = Field(default_factory=StreamSettings, description="how shards become batches")
     data: DataSettings = Field(default_factory=DataSettings, description="shards, when prepare does not make them")
     prepare: EmojiSettings | None = Field(None, description="the emoji set")
+    prepare_classes: ClassPicturesSettings | None = Field(
+        None, description="pictures with a class each, instead of the emoji set"
+    )
     train_teacher: TeacherStage | None = Field(None, description="settings of the teacher stage")
+    train_class_teacher: ClassTeacherStage | None = Field(
+        None, description="settings of the teacher stage for a class-conditional teacher"
+    )
     encode: EncodeSettings = Field(default_factory=EncodeSettings, description="settings of the encode stage")
     convert: ConvertStage | None = Field(None, description="settings of the convert stage")
     guidance: GuidanceStage | None = Field(None, description="settings of stage one")
     progressive: ProgressiveStage | None = Field(None, description="settings of stage two")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="settings of the evaluation")
+    evaluate_classes: ClassEvaluateSettings | None = Field(
+        None, description="settings of the evaluation of class-conditional students"
+    )
     register_: RegisterStage = Field(default_factory=RegisterStage, alias="register", description="registry settings")
 
     @model_validator(mode="after")
@@ -173,17 +222,21 @@ class Recipe(_Settings):
         if list(self.stages) != order:
             raise ValueError(f"stages {list(self.stages)} are out of order or doubled; the order is {order}")
         needs = {
-            "prepare": "prepare",
-            "teacher": "train_teacher",
-            "convert": "convert",
-            "guidance": "guidance",
-            "progressive": "progressive",
+            "prepare": ("prepare", "prepare_classes"),
+            "teacher": ("train_teacher", "train_class_teacher"),
+            "convert": ("convert",),
+            "guidance": ("guidance",),
+            "progressive": ("progressive",),
         }
-        for stage, key in needs.items():
-            if stage in self.stages and getattr(self, key) is None:
+        for stage, keys in needs.items():
+            named = [key for key in keys if getattr(self, key) is not None]
+            if stage in self.stages and not named:
                 raise ValueError(
-                    f"stages has {stage}, but its settings are missing: add the key {key}, or drop the stage"
+                    f"stages has {stage}, but its settings are missing: add the key {' or '.join(keys)}, "
+                    "or drop the stage"
                 )
+            if len(named) > 1:
+                raise ValueError(f"the recipe has both {' and '.join(named)}: the stage {stage} takes one of them")
         if "register" in self.stages and "evaluate" not in self.stages:
             raise ValueError(
                 "stages has register but not evaluate: the gate judges what evaluate measured; add evaluate"
@@ -212,7 +265,7 @@ class Recipe(_Settings):
                     f"progressive.ladder {list(self.progressive.ladder)}"
                 )
         self._check_sizes()
-        if "evaluate" in self.stages and self.progressive is not None:
+        if "evaluate" in self.stages and self.progressive is not None and self.evaluate_classes is None:
             strangers = sorted(set(self.evaluate.steps) - set(self.progressive.ladder))
             if strangers:
                 raise ValueError(
@@ -233,6 +286,9 @@ class Recipe(_Settings):
             "convert.train": self.convert and self.convert.train,
             "guidance.train": self.guidance and self.guidance.train,
             "progressive.train": self.progressive and self.progressive.train,
+            "train_class_teacher.train": self.train_class_teacher and self.train_class_teacher.train,
+            "train_class_teacher.autoencoder_train": self.train_class_teacher
+            and self.train_class_teacher.autoencoder_train,
             "train_teacher.train": self.train_teacher and self.train_teacher.train,
             "train_teacher.autoencoder_train": self.train_teacher and self.train_teacher.autoencoder_train,
         }
@@ -245,6 +301,14 @@ class Recipe(_Settings):
                 )
         if "evaluate" not in self.stages:
             return
+        if self.evaluate_classes is not None:
+            self._check_classes(self.evaluate_classes)
+            return
+        if self.train_class_teacher is not None:
+            raise ValueError(
+                "stages has evaluate, and train_class_teacher makes a teacher that is told a class: add the key "
+                "evaluate_classes, or drop the stage"
+            )
         if "prepare" not in self.stages and (self.data.evaluate is None or self.data.alignment is None):
             raise ValueError("stages has evaluate, so data.evaluate and data.alignment must name held-out shards")
         if self.prepare is not None and self.evaluate.num_prompts > self.prepare.num_evaluate:
@@ -262,6 +326,34 @@ class Recipe(_Settings):
                 raise ValueError(
                     f"register.gate.min_num_images={self.register_.gate.min_num_images} is more than "
                     f"evaluate.num_prompts={self.evaluate.num_prompts}: no student could ever pass"
+                )
+
+    def _check_classes(self, settings: ClassEvaluateSettings) -> None:
+        if "register" in self.stages:
+            raise ValueError(
+                "stages has register, whose gate judges text-to-image students; this recipe's are class-conditional "
+                "(evaluate_classes): drop register"
+            )
+        if "prepare" not in self.stages and self.data.evaluate is None:
+            raise ValueError("stages has evaluate, so data.evaluate must name held-out shards")
+        ladder = self.progressive.ladder if self.progressive is not None else ()
+        strangers = sorted(set(settings.steps) - set(ladder))
+        if strangers:
+            raise ValueError(
+                f"evaluate_classes.steps has {strangers}, for which progressive.ladder {list(ladder)} makes no student"
+            )
+        if self.progressive is not None and "deterministic" not in self.progressive.kinds:
+            raise ValueError(
+                f"progressive.kinds is {list(self.progressive.kinds)}, and the table of evaluate_classes begins with "
+                "the deterministic students: add deterministic"
+            )
+        if self.guidance is not None:
+            low, high = self.guidance.weights
+            outside = [w for w in settings.weights if not low <= w <= high]
+            if outside:
+                raise ValueError(
+                    f"evaluate_classes.weights has {outside}, outside the trained range {low:g} … {high:g}: change "
+                    "them, or guidance.w_min and w_max"
                 )
 
     def digest(self) -> str:

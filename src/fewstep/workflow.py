@@ -124,5 +124,8 @@ def _show(name: StageName, recipe: Recipe, storage: Storage, out: Path) -> None:
     if name != "evaluate":
         return
     out.mkdir(parents=True, exist_ok=True)
-    for file in ("report.json", "report.html", "samples.png"):
-        (out / file).write_bytes(storage.read_bytes(join(stage_uri(recipe, storage, "evaluate"), file)))
+    folder = stage_uri(recipe, storage, "evaluate")
+    for info in storage.list(folder):
+        file = info.uri.removeprefix(folder + "/")
+        if "/" not in file and file != DONE:
+            (out / file).write_bytes(storage.read_bytes(info.uri))

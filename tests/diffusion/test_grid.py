@@ -53,7 +53,7 @@ def test_the_first_teacher_may_take_any_multiple_of_steps_but_not_more_than_ther
     check_ladder([1024, 512], num_train_timesteps=None)
     with pytest.raises(RecipeError, match="first_teacher_steps=48 is no multiple of the ladder's first entry 32"):
         check_ladder([32, 8], first_teacher_steps=48)
-    with pytest.raises(RecipeError, match="first_teacher_steps=32 is no multiple .* or the same"):
+    with pytest.raises(RecipeError, match=r"first_teacher_steps=32 is no multiple .* or the same"):
         check_ladder([32, 8], first_teacher_steps=32)
     with pytest.raises(RecipeError, match="its first student imitates 1024 steps of a teacher with 1000 times"):
         check_ladder([32, 8], first_teacher_steps=1024)

@@ -8,10 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import DiscreteSchedule, NoiseSchedule, ddim, ddim_step, step_index, step_indices
+from fewstep.diffusion import (
+    CosineSchedule,
+    DiscreteSchedule,
+    NoiseSchedule,
+    ddim,
+    ddim_step,
+    interval_weight,
+    step_index,
+    step_indices,
+    stochastic,
+)
 from fewstep.diffusion.samplers import SamplerStep
 from fewstep.distill import step_target
-from fewstep.errors import RecipeError
+from fewstep.errors import RecipeError, SamplingError
 from fewstep.models import SCHEDULER_CONFIG
 
 VARIANCE, MEAN = 0.3, 0.7
@@ -141,3 +151,131 @@ def test_the_halving_ladder_keeps_a_gaussians_variance(cosine: DiscreteSchedule)
     assert list(gain) == [total - 1]
     teacher_variance = float(ddim_step(gain[total - 1], z, *at(total - 1), *at(-1), "sample")) ** 2
     assert abs(teacher_variance - VARIANCE) < 2e-3
+
+
+@pytest.mark.parametrize("steps_to_run", [1, 3, 4])
+def test_the_last_steps_alone_are_the_end_of_all_steps(zero_snr: NoiseSchedule, steps_to_run: int) -> None:
+    seen: list[SamplerStep] = []
+    noise = torch.randn(2, 4, 2, 2)
+    common = {"schedule": zero_snr, "prediction_type": "v_prediction", "num_inference_steps": 4}
+    end = ddim(_wave, noise, callback=seen.append, **common)  # type: ignore[arg-type]
+    states = [noise, *(step.z for step in seen)]
+    asked: list[int] = []
+
+    def model(z: Tensor, index: Tensor) -> Tensor:
+        asked.append(int(index[0]))
+        return _wave(z, index)
+
+    assert torch.equal(ddim(model, states[4 - steps_to_run], steps_to_run=steps_to_run, **common), end)  # type: ignore[arg-type]
+    assert asked == [999, 749, 499, 249][4 - steps_to_run :]
+
+
+@pytest.mark.parametrize("steps_to_run", [0, 5])
+def test_other_numbers_of_steps_cannot_be_run(zero_snr: NoiseSchedule, steps_to_run: int) -> None:
+    with pytest.raises(SamplingError, match=f"{steps_to_run} of 4 steps cannot be run: it must be 1 … 4"):
+        ddim(
+            _wave,
+            torch.zeros(1, 1, 1, 1),
+            schedule=zero_snr,
+            prediction_type="v_prediction",
+            num_inference_steps=4,
+            steps_to_run=steps_to_run,
+        )
+
+
+def test_constrain_sees_every_state_at_its_time_and_replaces_it(zero_snr: NoiseSchedule) -> None:
+    """Inpainting with a network of the plain kind: the known half is put back at the noise of each time."""
+    x, eps = torch.randn(2, 2, 3, 1, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    known = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand_as(x)
+    times: list[list[int]] = []
+    states: list[Tensor] = []
+
+    def put_back(z: Tensor, time: Tensor) -> Tensor:
+        times.append(time.tolist())
+        return known * zero_snr.noise(x, eps, time) + (1 - known) * z
+
+    def model(z: Tensor, index: Tensor) -> Tensor:
+        states.append(z)
+        return _wave(z, index)
+
+    common = {"schedule": zero_snr, "prediction_type": "v_prediction", "num_inference_steps": 4}
+    end = ddim(model, eps, constrain=put_back, **common)  # type: ignore[arg-type]
+    assert times == [[749] * 2, [499] * 2, [249] * 2, [-1] * 2]
+    for z, (row, *_) in zip(states[1:], times, strict=False):
+        noised = zero_snr.noise(x, eps, torch.tensor([row, row]))
+        torch.testing.assert_close(z[..., :2], noised[..., :2])
+    torch.testing.assert_close(end[..., :2], x[..., :2])
+    assert not torch.allclose(end[..., 2:], x[..., 2:], atol=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_stochastic_sampler_calls_the_model_at_the_times_of_ddim(zero_snr: NoiseSchedule, steps: int) -> None:
+    asked: list[int] = []
+    drawn: list[int] = []
+    seen: list[SamplerStep] = []
+    noise = torch.randn(3, 4, 2, 2)
+
+    def model(z: Tensor, index: Tensor) -> Tensor:
+        asked.append(int(index[0]))
+        return _wave(z, index)
+
+    def draw(step: int) -> Tensor:
+        drawn.append(step)
+        return torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(step))
+
+    def sample() -> Tensor:
+        return stochastic(
+            model,
+            noise,
+            schedule=zero_snr,
+            prediction_type="v_prediction",
+            num_inference_steps=steps,
+            noise=draw,
+            callback=seen.append,
+        )
+
+    end = sample()
+    assert asked == step_indices(steps)[:-1]
+    assert drawn == list(range(steps - 1))
+    assert [step.index for step in seen] == step_indices(steps)[:-1]
+    assert torch.equal(seen[-1].z, end)
+    assert torch.equal(sample(), end), "the same noise, the same end"
+    if steps == 1:
+        plain = ddim(_wave, noise, schedule=zero_snr, prediction_type="v_prediction", num_inference_steps=1)
+        assert torch.equal(end, plain)
+
+
+def test_the_stochastic_sampler_steps_two_forward_and_one_back() -> None:
+    """Equations 4 to 7 written out for three steps of a network that always answers x̂ = 2."""
+    schedule, steps = CosineSchedule(), 3
+    phi = schedule.angle(schedule.times(steps))
+    alpha, sigma = phi.cos(), phi.sin()
+    log_snr = 2 * (alpha.log() - sigma.log())
+    noises = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = start = torch.randn(1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for draw, (t, s, k) in enumerate([(3, 2, 1), (2, 1, 0)]):
+        z_k = 2 * alpha[k] + sigma[k] * (z - 2 * alpha[t]) / sigma[t]
+        variance = (1 - (log_snr[s] - log_snr[k]).exp()) * sigma[s] ** 2
+        z = alpha[s] / alpha[k] * z_k + variance.sqrt() * noises[draw]
+    z = 2 * alpha[0] + sigma[0] * (z - 2 * alpha[1]) / sigma[1]
+    ours = stochastic(
+        lambda z, time: torch.full_like(z, 2.0),
+        start,
+        schedule=schedule,
+        prediction_type="sample",
+        num_inference_steps=steps,
+        noise=lambda step: noises[step],
+    )
+    torch.testing.assert_close(ours.double(), z, rtol=0, atol=1e-6)
+
+
+def test_the_weight_of_an_interval_is_inside_its_ends() -> None:
+    t = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.75, 0.8, 1.0])
+    assert interval_weight(3.0, 0.25, 0.75)(t).tolist() == [0, 0, 3, 3, 3, 0, 0]
+    assert interval_weight(3.0, 0.0, 0.2, outside=1.0)(t).tolist() == [3, 3, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_an_interval_that_is_none_is_refused(low: float, high: float) -> None:
+    with pytest.raises(SamplingError, match=f"the guidance interval {low:g} … {high:g} must be within 0 … 1"):
+        interval_weight(3.0, low, high)

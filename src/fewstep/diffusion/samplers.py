@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -46,6 +48,7 @@ def ddim(
     prediction_type: PredictionType,
     num_inference_steps: int,
     steps_to_run: int | None = None,
+    start: Fraction | None = None,
     clip_sample: bool = False,
     constrain: Callable[[Tensor, Tensor], Tensor] | None = None,
     callback: Callback | None = None,
@@ -59,12 +62,14 @@ def ddim(
         prediction_type: what the model returns.
         num_inference_steps: N; the grid is `schedule.times(N)`.
         steps_to_run: K, the last K of the N steps; None runs all. K < N is SDEdit (Meng et al. §4.2.3).
+        start: the t in (0, 1] at which z is, where it is none of the grid's: jumps of 1/N from there, the last of them
+            shorter where less is left, as students with extra start times learn them.
         clip_sample: keep x̂ within [−1, 1], for pictures in pixels; eps-hat is then computed from what is left of it.
         constrain: called with the state after each step and its time (B,); returns the state to go on with.
         callback: called after each step.
     """
     z = z.float()
-    for step, (t, s) in enumerate(_steps(schedule, num_inference_steps, steps_to_run)):
+    for step, (t, s) in enumerate(_steps(schedule, num_inference_steps, steps_to_run, start)):
         time, after = _rows(t, z), _rows(s, z)
         at_t, at_s = schedule.alpha_sigma(time, ndim=z.ndim), schedule.alpha_sigma(after, ndim=z.ndim)
         output, denoised = _evaluate(model, z, time, at_t, prediction_type, clip_sample, wanted=callback is not None)
@@ -85,7 +90,9 @@ def stochastic(
     prediction_type: PredictionType,
     num_inference_steps: int,
     noise: Callable[[int], Tensor],
+    steps_to_run: int | None = None,
     clip_sample: bool = False,
+    constrain: Callable[[Tensor, Tensor], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Return the end of the N-step stochastic sampler (Meng et al. eqs. 4–7), float32, z's shape.
@@ -96,12 +103,13 @@ def stochastic(
     model is called N times, at the same times as in `ddim`.
 
     Args:
-        model, z, schedule, prediction_type, num_inference_steps, clip_sample, callback: as for `ddim`; begins at t = 1.
-        noise: called with the number of the step (0 … N − 2), returns standard normal noise of z's shape.
+        model, z, schedule, prediction_type, num_inference_steps, steps_to_run, clip_sample, constrain, callback: as for
+            `ddim`; a constraint sees the state after its noise.
+        noise: called with the number of the step (0 … K − 2), returns standard normal noise of z's shape.
     """
     z = z.float()
     times = schedule.times(num_inference_steps)
-    for step, i in enumerate(range(num_inference_steps, 0, -1)):
+    for step, i in enumerate(range(_steps_to_run(num_inference_steps, steps_to_run), 0, -1)):
         k = max(i - 2, 0)
         time = _rows(times[i], z)
         at_t, at_k = (schedule.alpha_sigma(_rows(times[j], z), ndim=z.ndim) for j in (i, k))
@@ -111,6 +119,8 @@ def stochastic(
             (alpha_s, sigma_s), (alpha_k, sigma_k) = schedule.alpha_sigma(_rows(times[i - 1], z), ndim=z.ndim), at_k
             ratio = alpha_s / alpha_k
             z = ratio * z + noise_std(alpha_s, sigma_s, alpha_k, sigma_k) * noise(step).to(z)
+        if constrain is not None:
+            z = constrain(z, _rows(times[i - 1], z))
         if callback is not None and denoised is not None:
             callback(SamplerStep(step=step, index=times[i].item(), z=z, denoised=denoised))
     return z
@@ -165,7 +175,8 @@ def stochastic_etas(schedule: NoiseSchedule, num_inference_steps: int) -> list[f
     """Return DDIM's eta of each of the N steps with which it is the stochastic sampler, noisiest first; the last is 0.
 
     eta_i = sigma_{s|k} / sqrt((sigma_s²/sigma_t²)(1 − alpha_t²/alpha_s²)): diffusers' `DDIMScheduler.step(eta=…)` adds
-    noise of eta times that root. Above 1 near the end, which the scheduler takes.
+    noise of eta times that root. Above 1 near the end, which the scheduler takes; but at the last step but one it takes
+    the root of a number that is 0 but for rounding, and may give NaN. `StochasticDDIMScheduler` does not.
     """
     times = schedule.times(num_inference_steps)
     alpha, sigma = (a.double().flatten() for a in schedule.alpha_sigma(times, ndim=1))
@@ -177,12 +188,26 @@ def stochastic_etas(schedule: NoiseSchedule, num_inference_steps: int) -> list[f
     return [*etas, 0.0]
 
 
-def _steps(schedule: NoiseSchedule, num_inference_steps: int, steps_to_run: int | None) -> list[tuple[Tensor, Tensor]]:
-    times = schedule.times(num_inference_steps)
+def _steps(
+    schedule: NoiseSchedule, num_inference_steps: int, steps_to_run: int | None, start: Fraction | None
+) -> list[tuple[Tensor, Tensor]]:
+    if start is None:
+        times = schedule.times(num_inference_steps)
+        return list(pairwise(times[: _steps_to_run(num_inference_steps, steps_to_run) + 1].flip(0)))
+    if not 0 < start <= 1 or steps_to_run is not None:
+        raise SamplingError(f"start={start}, steps_to_run={steps_to_run}: give one of them, and a start within 0 … 1")
+    # A grid that has the start and everything that jumps of 1/N from there meet.
+    grid = math.lcm(num_inference_steps, start.denominator)
+    jump = grid // num_inference_steps
+    places = [*range(int(start * grid), 0, -jump), 0]
+    return list(pairwise(schedule.times(grid)[places]))
+
+
+def _steps_to_run(num_inference_steps: int, steps_to_run: int | None) -> int:
     run = num_inference_steps if steps_to_run is None else steps_to_run
     if not 1 <= run <= num_inference_steps:
         raise SamplingError(f"{run} of {num_inference_steps} steps cannot be run: it must be 1 … {num_inference_steps}")
-    return list(pairwise(times[: run + 1].flip(0)))
+    return run
 
 
 def _rows(time: Tensor, z: Tensor) -> Tensor:

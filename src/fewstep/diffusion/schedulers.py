@@ -12,26 +12,26 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.diffusion.cosine import CosineSchedule
-from fewstep.diffusion.prediction import check_prediction_type, ddim_step, from_sample, to_sample
-from fewstep.diffusion.samplers import noise_std, stochastic_etas
-from fewstep.diffusion.schedule import DiscreteSchedule
+from fewstep.diffusion.prediction import PredictionType, check_prediction_type, ddim_step, from_sample, to_sample
+from fewstep.diffusion.samplers import noise_std
+from fewstep.diffusion.schedule import DiscreteSchedule, NoiseSchedule
 from fewstep.errors import SamplingError
 
 
 class StochasticDDIMScheduler(DDIMScheduler):
-    """The N-step stochastic sampler (Meng et al. eqs. 4–7) for stock pipelines: DDIM with an eta of its own each step.
+    """The N-step stochastic sampler (Meng et al. eqs. 4–7) for stock pipelines.
 
     Loads from a student's folder, whose configuration is DDIMScheduler's::
 
         pipe.scheduler = StochasticDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         pipe("a red apple", num_inference_steps=4, guidance_scale=4.0, generator=generator)
 
-    `set_timesteps` computes the etas of its number of steps. An `eta` given to `step` is an error unless it is the 0 of
-    the pipelines' default.
+    It is DDIM with an eta of its own each step (`stochastic_etas`), but not computed so: at the last but one step
+    DDIM takes the root of 1 − alpha² − (eta …)², which is 0 and in float32 now and then a little less.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the times, and the eta of each step.
+        """Set the times of the steps.
 
         Raises:
             SamplingError: the stock scheduler's next time would leave the grid.
@@ -49,19 +49,52 @@ class StochasticDDIMScheduler(DDIMScheduler):
                 "student's own folder"
             )
         super().set_timesteps(num_inference_steps, device)
-        schedule = DiscreteSchedule.from_betas(self.config)
-        etas = stochastic_etas(schedule, num_inference_steps)
-        self._etas = dict(zip(self.timesteps.tolist(), etas, strict=True))
+        self.schedule = DiscreteSchedule.from_betas(self.config)
+        self._times = self.schedule.times(num_inference_steps)
 
-    def step(  # type: ignore[no-untyped-def]
-        self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.0, **more
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
-        """Return the state after one step; arguments and result are DDIMScheduler's."""
+        """Return the state after one step, and x̂; the arguments are DDIMScheduler's.
+
+        Args:
+            model_output, timestep, sample, generator, return_dict: as there. Pipelines hand the generator over only to
+                a scheduler whose `step` names it.
+            eta: 0, the pipelines' default.
+            use_clipped_model_output: of no effect: eps-hat always belongs to the x̂ that is taken.
+            variance_noise: standard normal noise instead of the generator's.
+
+        Raises:
+            SamplingError: an eta, or a timestep that `set_timesteps` did not make.
+        """
         if eta:
             raise SamplingError(
                 f"eta={eta:g} was given, but the stochastic sampler has an eta for each of its steps: leave it out"
             )
-        return super().step(model_output, timestep, sample, eta=self._etas[int(timestep)], **more)
+        place = (self._times[1:] == int(timestep)).nonzero()
+        if not len(place):
+            raise SamplingError(f"timestep={int(timestep)} is none of the {len(self.timesteps)} of set_timesteps")
+        z, x = _step(
+            model_output,
+            sample,
+            int(place) + 1,
+            times=self._times,
+            schedule=self.schedule,
+            prediction_type=check_prediction_type(self.config.prediction_type),
+            clip=self.config.clip_sample_range if self.config.clip_sample else None,
+            stochastic=True,
+            generator=generator,
+            noise=variance_noise,
+        )
+        return DDIMSchedulerOutput(prev_sample=z, pred_original_sample=x) if return_dict else (z, x)
 
 
 class CosineDDIMScheduler(SchedulerMixin, ConfigMixin):
@@ -118,21 +151,17 @@ class CosineDDIMScheduler(SchedulerMixin, ConfigMixin):
         place = int((told - float(timestep)).abs().argmin())
         if abs(float(told[place]) - float(timestep)) > 1e-3:
             raise SamplingError(f"timestep={float(timestep):g} is none of the {len(told)} that set_timesteps made")
-        i = len(told) - place
-        k = max(i - 2, 0) if self.config.stochastic else i - 1
-
-        def at(j: int) -> tuple[Tensor, Tensor]:
-            alpha, sigma = self.schedule.alpha_sigma(self._times[j : j + 1], ndim=sample.ndim)
-            return alpha.to(sample), sigma.to(sample)
-
-        x = to_sample(model_output, sample, *at(i), self._type)
-        if self.config.clip_sample:
-            x = x.clamp(-1, 1)
-            model_output = from_sample(x, sample, *at(i), self._type)
-        z = ddim_step(model_output, sample, *at(i), *at(k), self._type)
-        if self.config.stochastic and i > 1:
-            noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-            z = at(i - 1)[0] / at(k)[0] * z + noise_std(*at(i - 1), *at(k)) * noise
+        z, x = _step(
+            model_output,
+            sample,
+            len(told) - place,
+            times=self._times,
+            schedule=self.schedule,
+            prediction_type=self._type,
+            clip=1.0 if self.config.clip_sample else None,
+            stochastic=self.config.stochastic,
+            generator=generator,
+        )
         return DDIMSchedulerOutput(prev_sample=z, pred_original_sample=x) if return_dict else (z, x)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -141,3 +170,38 @@ class CosineDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return 1000
+
+
+def _step(
+    output: Tensor,
+    z: Tensor,
+    i: int,
+    *,
+    times: Tensor,
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    clip: float | None,
+    stochastic: bool,
+    generator: torch.Generator | list[torch.Generator] | None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the state after the step from t = i/N, and x̂; one step of `samplers.ddim` or `samplers.stochastic`."""
+    given = z.dtype
+    # In half precision the difference of two products that S is would lose most of its digits.
+    z, output = (value.to(torch.promote_types(given, torch.float32)) for value in (z, output))
+
+    def at(j: int) -> tuple[Tensor, Tensor]:
+        alpha, sigma = schedule.alpha_sigma(times[j : j + 1], ndim=z.ndim)
+        return alpha.to(z), sigma.to(z)
+
+    k = max(i - 2, 0) if stochastic else i - 1
+    x = to_sample(output, z, *at(i), prediction_type)
+    if clip is not None:
+        x = x.clamp(-clip, clip)
+        output = from_sample(x, z, *at(i), prediction_type)
+    after = ddim_step(output, z, *at(i), *at(k), prediction_type)
+    if stochastic and i > 1:
+        if noise is None:
+            noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        after = at(i - 1)[0] / at(k)[0] * after + noise_std(*at(i - 1), *at(k)) * noise.to(z)
+    return after.to(given), x.to(given)

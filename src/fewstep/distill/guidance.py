@@ -33,6 +33,8 @@ class GuidanceObjective:
         error: how a row's error is measured.
         prediction_type: what the student outputs; None: what the teacher does.
         pure_noise_at_end: what the network sees at the noisiest time; see `NoiseSchedule.noise`.
+        student: the network to train, such as one with adapters; None: a copy of the teacher's, with an input for w
+            where there is a range of it.
     """
 
     def __init__(
@@ -46,14 +48,17 @@ class GuidanceObjective:
         error: ErrorName = "mse",
         prediction_type: PredictionType | None = None,
         pure_noise_at_end: bool = False,
+        student: nn.Module | None = None,
     ) -> None:
         self.prediction_type: PredictionType = prediction_type or teacher.prediction_type
         for kind in (teacher.prediction_type, self.prediction_type):
             refuse_epsilon_at_zero_snr(teacher.schedule, kind)
         self.of_teacher = teacher
         self.teacher: nn.Module = teacher.network.requires_grad_(False).eval()
-        student = make_student(teacher.network, embedding_dim=None if w_min == w_max else embedding_dim)
-        self.network: nn.Module = student.requires_grad_(True)
+        if student is None:
+            made = make_student(teacher.network, embedding_dim=None if w_min == w_max else embedding_dim)
+            student = made.requires_grad_(True)
+        self.network: nn.Module = student
         self.of_student = teacher.with_network(student, prediction_type=self.prediction_type)
         self.frozen = [self.teacher]
         self.w_min, self.w_max = w_min, w_max

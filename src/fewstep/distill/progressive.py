@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.prediction import PredictionType, from_velocity
+from fewstep.diffusion.prediction import PredictionType, ddim_step, from_velocity
 from fewstep.diffusion.random import RowRandom
 from fewstep.distill.clean import draw_clean
-from fewstep.distill.errors import ErrorName, row_error
+from fewstep.distill.errors import ErrorName, StepErrorName, as_large_as, row_error
+from fewstep.distill.features import TeacherFeatures
 from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
 from fewstep.distill.jumps import follow, plan_jumps
 from fewstep.distill.objective import Batch
@@ -34,12 +35,21 @@ class ProgressiveObjective:
         kind: of the student.
         teacher_steps: steps of the teacher; None: twice the student's.
         start_times: M, for a student that may also start at the times j/M.
-        error: how a row's error is measured.
+        error: how a row's error is measured; "features" is the mse, and `TeacherFeatures` of where the step leads.
+        feature_weight: factor on the distance in features, which the loss weight leaves alone.
         prediction_type: what the student outputs; None: what the teacher does.
         pure_noise_at_end: what the network sees at the noisiest time; see `NoiseSchedule.noise`.
         trajectory_inputs: train on states of the teacher's own sampler, from pure noise, instead of on noised data
-            (the mismatch that later work names; costs the teacher's steps down to the drawn time).
-        denoising_weight: share of the ordinary denoising loss on the data that is added (SnapFusion, Li et al. 2023).
+            (Habibian et al. 2024, Clockwork Diffusion; Perez Jensen & Sadat 2025, AGD); costs the teacher's steps down
+            to the drawn time.
+        denoising_weight: gamma of SnapFusion (Li et al. 2023, eq. 11), which adds the ordinary denoising loss on the
+            data; they take 0.2. As theirs it is scaled to the size of the step's loss first, as it would drown that
+            one (their Fig. 7b); here row by row, so that micro-batches and workers change nothing. It is taken at the
+            same input: at the times of the steps, where theirs may be any, and at the drawn w, where it pulls guided
+            outputs towards unguided ones. Their students have no w.
+        guided_teacher: the teacher takes its steps under classifier-free guidance: the first rung of a student of a
+            single w that has no stage one (Meng et al.'s baseline "single-w").
+        student: the network to train, such as one with adapters; None: a copy of the teacher's.
     """
 
     def __init__(
@@ -53,11 +63,14 @@ class ProgressiveObjective:
         kind: StudentKind = "deterministic",
         teacher_steps: int | None = None,
         start_times: int | None = None,
-        error: ErrorName = "mse",
+        error: StepErrorName = "mse",
+        feature_weight: float = 1.0,
         prediction_type: PredictionType | None = None,
         pure_noise_at_end: bool = False,
         trajectory_inputs: bool = False,
         denoising_weight: float = 0.0,
+        guided_teacher: bool = False,
+        student: nn.Module | None = None,
     ) -> None:
         self.prediction_type: PredictionType = prediction_type or teacher.prediction_type
         for each in (teacher.prediction_type, self.prediction_type):
@@ -69,19 +82,26 @@ class ProgressiveObjective:
                 )
         if trajectory_inputs and kind != "deterministic":
             raise RecipeError(f"trajectory_inputs is for deterministic students; this ladder is {kind}")
+        if trajectory_inputs and denoising_weight:
+            raise RecipeError(
+                f"denoising_weight={denoising_weight:g} cannot be used with trajectory_inputs: a state of the "
+                "teacher's own sampler comes from no picture of the data that could be its target. Leave out one"
+            )
         self.of_teacher = teacher
         self.teacher: nn.Module = teacher.network.requires_grad_(False).eval()
-        student = copy_unet(teacher.network)
-        self.network: nn.Module = student
-        self.of_student = teacher.with_network(student, prediction_type=self.prediction_type)
+        self.network: nn.Module = copy_unet(teacher.network) if student is None else student
+        self.of_student = teacher.with_network(self.network, prediction_type=self.prediction_type)
         self.frozen = [self.teacher]
         self.num_inference_steps = num_inference_steps
         self.w_min, self.w_max = w_min, w_max
         self.loss_weight: LossWeight = loss_weight
-        self.error: ErrorName = error
+        self.error: ErrorName = "mse" if error == "features" else error
+        self.features = TeacherFeatures(teacher) if error == "features" else None
+        self.feature_weight = feature_weight
         self.pure_noise_at_end = pure_noise_at_end
         self.trajectory_inputs = trajectory_inputs
         self.denoising_weight = denoising_weight
+        self.guided_teacher = guided_teacher
         self.jumps = plan_jumps(
             kind,
             num_inference_steps,
@@ -110,23 +130,28 @@ class ProgressiveObjective:
         target = step_target(z, z_end, *at_start, *at_end, self.prediction_type)
         output = self.of_student.call(network, z, time, condition, w)
         weight = output_weight(self.loss_weight, *at_start, self.prediction_type).flatten()
-        loss = (weight * row_error(output, target, self.error)).mean()
+        each_row = weight * row_error(output, target, self.error)
         squared = (output - target).detach().square().mean()
         figures = {"output_mse": squared, "relative_error": (squared / target.square().mean()).sqrt()}
+        if self.features is not None:
+            reached = ddim_step(output, z, *at_start, *at_end, self.prediction_type)
+            distance = self.features.distance(reached, z_end, times[end], condition, w)
+            figures["feature_distance"] = distance.detach().mean()
+            each_row = each_row + self.feature_weight * distance
         if self.denoising_weight:
             alpha, sigma = at_start
             data = from_velocity(alpha * eps - sigma * x, z, alpha, sigma, self.prediction_type)
-            denoising = (weight * row_error(output, data, self.error)).mean()
-            figures["denoising_loss"] = denoising.detach()
-            loss = loss + self.denoising_weight * denoising
-        return loss, figures
+            denoising = weight * row_error(output, data, self.error)
+            figures["denoising_loss"] = denoising.detach().mean()
+            each_row = each_row + self.denoising_weight * as_large_as(denoising, each_row)
+        return each_row.mean(), figures
 
     def _follow(
         self, z: Tensor, start: Tensor, end: Tensor, condition: Condition, w: Tensor, *, num_jumps: int, together: bool
     ) -> Tensor:
         teacher = self.of_teacher
         return follow(
-            teacher.conditional(condition, w),
+            teacher.guided(condition, w) if self.guided_teacher else teacher.conditional(condition, w),
             z,
             start,
             end,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep.diffusion.grid import check_ladder
 from fewstep.diffusion.prediction import PredictionType
-from fewstep.distill.errors import ErrorName
+from fewstep.distill.errors import ErrorName, StepErrorName
 from fewstep.distill.jumps import plan_jumps
 from fewstep.distill.weights import LossWeight
+from fewstep.models.lora import LoraSettings
 from fewstep.models.student import StudentKind
 
 _PREDICTION = "what the students output: epsilon, v_prediction or sample; null: what their teacher does"
@@ -17,6 +21,11 @@ _PURE_NOISE = (
     "the picture there"
 )
 _ERROR = "how far an output is from its target: mse or pseudo_huber (Song & Dhariwal 2024)"
+_LORA = "train low-rank adapters (LoRA) on a frozen network, instead of all its weights; needs the extra [lora]"
+
+
+#: What a ladder can be made for.
+LadderKind = Literal["deterministic", "stochastic", "encoder", "naive", "single_w"]
 
 
 class GuidanceSettings(BaseModel):
@@ -36,9 +45,16 @@ class GuidanceSettings(BaseModel):
     error: ErrorName = Field("mse", description=_ERROR)
     prediction_type: PredictionType | None = Field(None, description=_PREDICTION)
     pure_noise_at_end: bool = Field(False, description=_PURE_NOISE)
+    lora: LoraSettings | None = Field(None, description=_LORA + "; with single_w only")
 
     @model_validator(mode="after")
     def _check(self) -> GuidanceSettings:
+        if self.lora is not None and self.single_w is None:
+            raise ValueError(
+                "lora needs single_w in stage one: the input for w is a new layer, which adapters on the teacher "
+                "cannot bring along, so no stock pipeline could load them. Set single_w; or train stage one whole and "
+                "give lora to progressive, whose adapters then sit on the w-conditioned network of stage one"
+            )
         if self.w_min >= self.w_max:
             raise ValueError(
                 f"w_min={self.w_min:g} is not below w_max={self.w_max:g}: the range of guidance weights is upside down "
@@ -65,12 +81,14 @@ class ProgressiveSettings(BaseModel):
     first_teacher_steps: int | None = Field(
         None, gt=1, description="steps of the first student's teacher; null: twice the first student's"
     )
-    kinds: tuple[StudentKind, ...] = Field(
+    kinds: tuple[LadderKind, ...] = Field(
         ("deterministic",),
         min_length=1,
         description="ladders to train: deterministic, stochastic (for the stochastic sampler), encoder (from the "
-        "picture to noise) and naive (the guided pair without stage one: the negative control)",
+        "picture to noise), naive (the guided pair without stage one: the negative control) and single_w (students of "
+        "one weight each, from the guided teacher itself: the paper's baseline)",
     )
+    single_w: tuple[float, ...] = Field((), description="guidance weights of the single_w ladders")
     skip_level: tuple[int, ...] = Field(
         (), description="step counts whose teacher is the student two rungs before instead of the one before"
     )
@@ -79,19 +97,39 @@ class ProgressiveSettings(BaseModel):
         description="step count N -> M: this student may also start at the times j/M (deterministic ladder)",
     )
     loss_weight: LossWeight = Field("truncated_snr", description="weight of the loss, as in stage one")
-    error: ErrorName = Field("mse", description=_ERROR)
+    error: StepErrorName = Field(
+        "mse",
+        description=_ERROR + "; or features: the mse and an LPIPS-like distance (Zhang et al. 2018) between the states "
+        "that student and teacher reach, in the down blocks of the frozen teacher; two more passes through them, one "
+        "with gradients, about a sixth more time an update, and their activations; not in naive ladders",
+    )
+    feature_weight: float = Field(1.0, gt=0, description="factor on the distance in features, with error=features")
     prediction_type: dict[int, PredictionType] = Field(
         default_factory=dict, description="step count -> " + _PREDICTION.replace("the students output", "it outputs")
     )
     pure_noise_at_end: bool = Field(False, description=_PURE_NOISE)
     trajectory_inputs: bool = Field(
-        False, description="train on states of the teacher's own sampler instead of noised data (deterministic ladder)"
+        False,
+        description="train on states of the teacher's own sampler instead of noised data (Clockwork Diffusion, AGD; "
+        "deterministic ladder); costs the teacher's steps from pure noise down to there",
     )
     denoising_weight: float = Field(
-        0.0, ge=0, description="share of the ordinary denoising loss on the data that is added (SnapFusion)"
+        0.0,
+        ge=0,
+        description="size of the ordinary denoising loss on the data that is added, relative to the step's loss "
+        "(SnapFusion's gamma, 0.2 there); it pulls guided outputs towards unguided ones, and SnapFusion's students, "
+        "those of the naive ladder, take no w",
     )
     guided_share: float = Field(
-        1.0, gt=0, le=1, description="naive ladder: share of samples that are trained under guidance (SnapFusion)"
+        1.0,
+        gt=0,
+        le=1,
+        description="naive ladder: share of samples that are trained under guidance (SnapFusion: 0.1, w in 1 to 13)",
+    )
+    lora: LoraSettings | None = Field(
+        None,
+        description=_LORA + ". What they sit on is stage one's network or, where that has adapters itself and in "
+        "single_w ladders, the teacher; each rung goes on from the adapters of the one before; not in naive ladders",
     )
 
     @model_validator(mode="after")
@@ -110,17 +148,46 @@ class ProgressiveSettings(BaseModel):
                 f"skip_level names {self.ladder[0]}, the ladder's first: its teacher is stage one; set "
                 f"first_teacher_steps={4 * self.ladder[0]} for longer jumps"
             )
+        if ("single_w" in self.kinds) != bool(self.single_w):
+            raise ValueError(
+                f"kinds {list(self.kinds)} and single_w {list(self.single_w)} do not fit: name single_w among the "
+                "kinds and its weights under single_w, or neither"
+            )
         for kind in self.kinds:
             for steps in self.ladder:
                 plan_jumps(
-                    kind,
+                    student_kind(kind),
                     steps,
                     teacher_steps=self.teacher_of(steps)[1],
                     start_times=self.start_times.get(steps) if kind == "deterministic" else None,
                 )
+        for steps, start_times in self.start_times.items():
+            taught_by, teacher_steps = self.teacher_of(steps)
+            # Stage one knows every time; a rung knows its own, and its own extra ones.
+            known = teacher_steps if taught_by is None else self.start_times.get(taught_by, teacher_steps)
+            if taught_by is not None and known % start_times:
+                raise ValueError(
+                    f"start_times[{steps}]={start_times}: from some of these times the teacher of {teacher_steps} "
+                    f"steps would have to jump where it never learned to; give it start_times too "
+                    f"({{{teacher_steps}: {math.lcm(start_times, teacher_steps)}}})"
+                )
         if self.trajectory_inputs and "deterministic" not in self.kinds:
             raise ValueError(
                 f"trajectory_inputs is for the deterministic ladder, and kinds is {list(self.kinds)}: leave it out"
+            )
+        for key, unwanted in (("error=features", self.error == "features"), ("lora", self.lora is not None)):
+            if unwanted and "naive" in self.kinds:
+                raise ValueError(
+                    f"{key} is not for the naive ladder, and kinds is {list(self.kinds)}: leave out one of the two"
+                )
+        if self.feature_weight != 1.0 and self.error != "features":
+            raise ValueError(
+                f"feature_weight={self.feature_weight:g} has no effect with error={self.error}: set error=features"
+            )
+        if self.trajectory_inputs and self.denoising_weight:
+            raise ValueError(
+                f"denoising_weight={self.denoising_weight:g} cannot be used with trajectory_inputs: a state of the "
+                "teacher's own sampler comes from no picture of the data that could be its target; leave out one"
             )
         return self
 
@@ -134,6 +201,13 @@ class ProgressiveSettings(BaseModel):
         return self.ladder[back], self.ladder[back]
 
 
-def student_label(kind: StudentKind, num_inference_steps: int) -> str:
-    """Return how a student is called in stages, runs and reports: "4", "stochastic-4", "encoder-4", "naive-4"."""
+def student_kind(ladder: LadderKind) -> StudentKind:
+    """Return how the students of a ladder are sampled."""
+    return "deterministic" if ladder == "single_w" else ladder
+
+
+def student_label(kind: LadderKind, num_inference_steps: int, *, w: float | None = None) -> str:
+    """Return how a student is called in stages, runs and reports: "4", "stochastic-4", "naive-4", "single_w-1-4"."""
+    if w is not None:
+        return f"{kind}-{w:g}-{num_inference_steps}"
     return str(num_inference_steps) if kind == "deterministic" else f"{kind}-{num_inference_steps}"

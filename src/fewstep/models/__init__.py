@@ -6,11 +6,18 @@ from fewstep.models.architecture import (
     TeacherArchitecture,
     add_pooled_text,
 )
+from fewstep.models.class_conditional import COSINE_CONFIG, ClassArchitecture, ClassModel, ClassParts
+from fewstep.models.class_pipeline import ClassConditionalPipeline, DiTStudentPipeline
 from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.dit import ConditionedDiT, DiTParts
 from fewstep.models.embedding import guidance_embedding
-from fewstep.models.load import load_model, load_parts
+from fewstep.models.fresh import fresh_text_model
+from fewstep.models.inpainting import InpaintingParts, add_inpainting, check_mask
+from fewstep.models.latent import ClipParts, LatentParts
+from fewstep.models.load import TextToImageModel, load_model, load_parts, load_text_to_image
 from fewstep.models.parts import Parts
-from fewstep.models.sampling import guided_model, initial_noise, student_model
+from fewstep.models.sampling import SeededNoise, guided_model, initial_noise, sample_student, student_model
+from fewstep.models.sdxl import SDXLParts
 from fewstep.models.student import (
     StudentInfo,
     StudentKind,
@@ -24,25 +31,44 @@ from fewstep.models.student import (
 from fewstep.models.text_latent import TextToImageParts, text_denoiser
 
 __all__ = [
+    "COSINE_CONFIG",
     "SCHEDULER_CONFIG",
     "AutoencoderArchitecture",
+    "ClassArchitecture",
+    "ClassConditionalPipeline",
+    "ClassModel",
+    "ClassParts",
+    "ClipParts",
     "Condition",
+    "ConditionedDiT",
     "Denoiser",
+    "DiTParts",
+    "DiTStudentPipeline",
+    "InpaintingParts",
+    "LatentParts",
     "Parts",
+    "SDXLParts",
+    "SeededNoise",
     "StudentInfo",
     "StudentKind",
     "TeacherArchitecture",
+    "TextToImageModel",
     "TextToImageParts",
+    "add_inpainting",
     "add_pooled_text",
+    "check_mask",
     "copy_student",
     "copy_unet",
+    "fresh_text_model",
     "guidance_embedding",
     "guided_model",
     "initial_noise",
     "load_model",
     "load_parts",
+    "load_text_to_image",
     "make_student",
     "read_student_info",
+    "sample_student",
     "save_student",
     "student_model",
     "student_scheduler_config",

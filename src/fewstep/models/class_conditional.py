@@ -61,8 +61,8 @@ class ClassArchitecture(BaseModel):
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
             block_out_channels=self.block_out_channels,
             layers_per_block=self.layers_per_block,
-            # diffusers' historical name: it is the number of heads.
-            attention_head_dim=tuple(max(1, width // self.attention_head_dim) for width in self.block_out_channels),
+            # For these blocks it is what its name says; for those with cross-attention it is the number of heads.
+            attention_head_dim=tuple(min(width, self.attention_head_dim) for width in self.block_out_channels),
             norm_num_groups=self.norm_num_groups,
             num_class_embeds=self.num_classes + 1,
             # The time embedding, which also carries class and w, scales features as well as shifting them.

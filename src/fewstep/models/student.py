@@ -1,16 +1,18 @@
-"""The student: the teacher's U-Net with the guidance weight as a further input, and the folder that it ships in."""
+"""The student: the teacher's network with the guidance weight as a further input, and the folder that it ships in."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import MISSING, asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from diffusers.models import UNet2DConditionModel
+from diffusers.models import DiTTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from fewstep.diffusion.cosine import CosineSchedule
@@ -22,18 +24,31 @@ from fewstep.models.parts import Parts
 
 INFO_FILE = "fewstep.json"
 
+#: What can be distilled; a DiT as `ConditionedDiT` is.
+Network: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
+
 #: How a student is sampled.
 StudentKind = Literal["deterministic", "stochastic", "encoder", "naive"]
 
+_WHAT_KINDS_DO = {
+    "deterministic": "goes from noise to the picture, the same way each time",
+    "stochastic": "goes from noise to the picture, with fresh noise in every step",
+    "encoder": "goes from the picture to noise",
+    "naive": "is the paper's negative control and still needs guidance, two evaluations a step",
+}
 
-def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int | None = 256) -> UNet2DConditionModel:
-    """Return a w-conditioned copy of a teacher's U-Net, trainable.
+#: Longest list of strengths in a message.
+_LISTED_STRENGTHS = 16
 
-    The one new weight, `time_embedding.cond_proj`, starts at zero: at initialisation the student equals the conditional
-    teacher bit for bit, whatever w.
+
+def make_student(teacher: Network, *, embedding_dim: int | None = 256) -> Network:
+    """Return a w-conditioned copy of a teacher's denoising network, trainable.
+
+    The new weights, a `cond_proj` beside the embedding of the time (in a DiT one in each block), start at zero: at
+    initialisation the student equals the conditional teacher bit for bit, whatever w. The teacher's dropout is off.
 
     Args:
-        teacher: a U-Net that is sampled with classifier-free guidance.
+        teacher: a U-Net or a ConditionedDiT that is sampled with classifier-free guidance.
         embedding_dim: width of the w embedding; None: no input for w, for a student of one single w.
 
     Raises:
@@ -42,20 +57,19 @@ def make_student(teacher: UNet2DConditionModel, *, embedding_dim: int | None = 2
     conditioned = teacher.config["time_cond_proj_dim"]
     if conditioned is not None:
         raise ModelError(
-            f"the teacher is already conditioned on w (its U-Net has time_cond_proj_dim={conditioned}): "
+            f"the teacher is already conditioned on w (its network has time_cond_proj_dim={conditioned}): "
             "stage one needs a model that is sampled with classifier-free guidance"
         )
     student = unet_like(teacher, time_cond_proj_dim=embedding_dim, dropout=0.0)
-    state = dict(teacher.state_dict())
-    if embedding_dim is not None:
-        state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
-    student.load_state_dict(state)
+    fresh = student.state_dict().items()
+    new = {name: torch.zeros_like(weight) for name, weight in fresh if name.endswith("cond_proj.weight")}
+    student.load_state_dict({**teacher.state_dict(), **new})
     return student.train()
 
 
-def copy_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Return a trainable copy of a U-Net with the same weights."""
-    copy = unet_like(unet)
+def copy_unet(unet: Network) -> Network:
+    """Return a trainable copy of a U-Net or a ConditionedDiT with the same weights, without dropout."""
+    copy = unet_like(unet, dropout=0.0)
     copy.load_state_dict(unet.state_dict())
     return copy.requires_grad_(True).train()
 
@@ -75,6 +89,7 @@ class StudentInfo:
         kind: how it is sampled: "deterministic", "stochastic", "encoder" (from the picture to noise) or "naive" (two
             evaluations a step, guided; the negative control).
         start_times: M, for a student that may also start at the times j/M; None: at the times of its own steps.
+        lora_base: URI of the model that the adapters in its folder belong on (`models/lora.py`); None: it has none.
     """
 
     stage: str
@@ -87,6 +102,7 @@ class StudentInfo:
     format_version: int = 1
     kind: StudentKind = "deterministic"
     start_times: int | None = None
+    lora_base: str | None = None
 
     def check(self, *, num_inference_steps: int, guidance_scale: float, extrapolate: bool = False) -> None:
         """Refuse a step count or guidance scale that the student was not trained for.
@@ -106,30 +122,85 @@ class StudentInfo:
                 f"Use {self.num_inference_steps}, or load the student for {num_inference_steps}"
             )
         low, high = 1 + self.w_min, 1 + self.w_max
-        if not extrapolate and not low - 1e-6 <= guidance_scale <= high + 1e-6:
+        inside = low - 1e-6 <= guidance_scale <= high + 1e-6
+        if not inside and self.has_single_w:
+            # Nothing to extrapolate: the network has no input for w.
+            raise SamplingError(
+                f"guidance_scale={guidance_scale:g} has no effect on this student, which was made for the one weight "
+                f"w = {self.w_min:g}: use {low:g} or leave it out"
+            )
+        if not extrapolate and not inside:
             raise SamplingError(
                 f"guidance_scale={guidance_scale:g} is outside {low:g} … {high:g}, the range that the student was "
-                f"trained on (guidance_scale = 1 + w, w in {self.w_min:g} … {self.w_max:g})"
+                f"trained on (guidance_scale = 1 + w, w in {self.w_min:g} … {self.w_max:g}): choose one in it, "
+                "or extrapolate on purpose (--extrapolate)"
             )
 
-    def steps_of_strength(self, strength: float) -> int:
-        """Return how many of the student's N steps an image-to-image of this strength runs: N·strength.
+    @property
+    def has_single_w(self) -> bool:
+        """Whether its guidance weight is built in: no input for w and no unconditional branch."""
+        return self.w_min == self.w_max and self.kind != "naive"
+
+    def check_kind(self, use: str, *allowed: StudentKind) -> None:
+        """Refuse a student that is sampled in another way than a use needs.
+
+        Args:
+            use: the use, in words.
+            allowed: kinds that can do it.
+
+        Raises:
+            SamplingError: naming the kind and what it does.
+        """
+        if self.kind not in allowed:
+            raise SamplingError(
+                f"this student is of the kind {self.kind}, which {_WHAT_KINDS_DO[self.kind]}: {use} needs one that is "
+                f"{' or '.join(allowed)}"
+            )
+
+    def start_of_strength(self, strength: float) -> Fraction:
+        """Return the t at which an image-to-image of this strength begins: a time that the student starts from.
 
         Raises:
             SamplingError: the strength is no multiple of 1/N (or of 1/M, with `start_times`), so that the student has
                 no step that starts there; or it runs none.
         """
-        N = self.num_inference_steps
-        if N is None:
+        if self.num_inference_steps is None:
             raise SamplingError("a student of stage one has no steps of its own: give the number of steps to run")
-        steps = strength * N
-        if steps != steps or not 0 < strength <= 1 or abs(steps - round(steps)) > 1e-6 or round(steps) < 1:
-            allowed = ", ".join(f"{i / N:g}" for i in range(1, N + 1))
-            raise SamplingError(
-                f"strength={strength:g} runs no whole number of this student's {N} steps: "
-                f"it was made to start at those times alone. Strengths that work: {allowed}"
-            )
-        return round(steps)
+        return start_of_strength(strength, self.start_times or self.num_inference_steps, what="this student")
+
+    def steps_of_strength(self, strength: float) -> int:
+        """Return how many steps an image-to-image of this strength runs: N·strength, rounded up.
+
+        Raises:
+            SamplingError: as `start_of_strength`.
+        """
+        start = self.start_of_strength(strength)
+        assert self.num_inference_steps is not None
+        return math.ceil(start * self.num_inference_steps)
+
+
+def start_of_strength(strength: float, num_starts: int, *, what: str) -> Fraction:
+    """Return the strength as a multiple of 1/num_starts.
+
+    Args:
+        strength: of an image-to-image, the t at which it begins.
+        num_starts: how many times in (0, 1] sampling can begin at.
+        what: that is sampled, in words.
+
+    Raises:
+        SamplingError: it is none, or not within (0, 1]; the message has the strengths that work.
+    """
+    begin = strength * num_starts
+    # NaN fails every comparison. Strengths are written with few digits: 0.333333 is a third.
+    if not (0 < strength <= 1 and abs(begin - round(begin)) < 1e-3 and round(begin) >= 1):
+        allowed = [f"{i / num_starts:g}" for i in range(1, num_starts + 1)]
+        if len(allowed) > _LISTED_STRENGTHS:
+            allowed = [*allowed[:3], "…", allowed[-1]]
+        raise SamplingError(
+            f"strength={strength:g} is no time that {what} can begin at (one below 1/{num_starts} would run no step). "
+            f"Strengths that work: {', '.join(allowed)}"
+        )
+    return Fraction(round(begin), num_starts)
 
 
 def student_scheduler_config(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,7 +97,12 @@ def picture_batches(shards: str, *, resolution: int, **more: Any) -> ShardStream
 
 
 def latent_batches(
-    shards: str, *, storage: Storage, tokenizers: Mapping[str, tuple[str, str]] | None = None, **more: Any
+    shards: str,
+    *,
+    storage: Storage,
+    tokenizers: Mapping[str, tuple[str, str]] | None = None,
+    condition_names: Sequence[str] = (),
+    **more: Any,
 ) -> ShardStream:
     """Return batches from latent shards: text embeddings, or token ids when tokenizers are given.
 
@@ -105,12 +110,13 @@ def latent_batches(
         shards: URI of latent shards.
         storage: the store.
         tokenizers: part of the condition -> (URI of a model folder, sub-folder of its tokenizer).
+        condition_names: with tokenizers: parts of the condition that are read from the shards beside the token ids.
         more: as for `sample_batches`.
     """
     if tokenizers is None:
         return sample_batches(shards, decode=decode_latents, storage=storage, **more)
     loaded = {name: _tokenize(uri, folder, storage) for name, (uri, folder) in tokenizers.items()}
-    decode = partial(decode_latents, condition_names=(), token_ids=loaded)
+    decode = partial(decode_latents, condition_names=tuple(condition_names), token_ids=loaded)
     return sample_batches(shards, decode=decode, storage=storage, **more)
 
 

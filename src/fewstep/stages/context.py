@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.emoji.dataset import SPLITS, Split
+from fewstep.distill.settings import LadderKind
 from fewstep.errors import FewstepError
-from fewstep.models import StudentKind, load_model
+from fewstep.models import load_model
 from fewstep.recipe import Recipe, StageName, digest
 from fewstep.stages.batches import SampleFormat
 from fewstep.stages.memory import Usage
@@ -19,6 +20,7 @@ from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.registry import Registry
 from fewstep.tracking.tracker import Run, Tracker
+from fewstep.train.settings import ONLY_ROUNDING, ONLY_WATCHING
 
 DONE = "done.json"
 
@@ -63,12 +65,13 @@ class Artifact:
                 for name, each in self.facts["models"].items()
             }
         students = list(self.facts.get("students", {}).values())
-        students.sort(key=lambda each: (each["kind"], -each["num_inference_steps"]))
-        return {_in_words(each["kind"], each["num_inference_steps"]): each["uri"] for each in students}
+        students.sort(key=lambda each: (each["kind"], each["w"] or 0.0, -each["num_inference_steps"]))
+        return {_in_words(each["kind"], each["w"], each["num_inference_steps"]): each["uri"] for each in students}
 
 
-def _in_words(kind: str, steps: int) -> str:
+def _in_words(kind: str, w: float | None, steps: int) -> str:
     what = "student" if kind == "deterministic" else f"{kind} student"
+    what += "" if w is None else f" of w = {w:g}"
     return f"{what}, {steps} step{'' if steps == 1 else 's'}"
 
 
@@ -216,11 +219,13 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     stream = _order(recipe)
     if stage == "prepare":
         # Which splits are drawn belongs to it: one that the recipe no longer names elsewhere has to be drawn after all.
-        inputs |= {"settings": _dump(recipe.prepare), "drawn": drawn_splits(recipe)}
+        inputs |= {"settings": _dump(recipe.prepare or recipe.prepare_classes), "drawn": drawn_splits(recipe)}
     elif stage == "teacher":
-        inputs |= {"settings": _dump(recipe.train_teacher), "data": _split(recipe, "train"), "stream": stream}
+        settings = recipe.train_teacher or recipe.train_class_teacher
+        inputs |= {"settings": _dump(settings), "data": _split(recipe, "train"), "stream": stream}
         if recipe.train_teacher is not None and recipe.train_teacher.init is not None:
             inputs["init"] = _model(recipe.train_teacher.init)
+            inputs["masks"] = _dump(recipe.encode.masks)  # of an inpainting teacher
     elif stage == "encode":
         data = [_split(recipe, "train"), _split(recipe, "evaluate")]
         inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)}
@@ -234,7 +239,8 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
         inputs["guidance_scale"] = recipe.evaluate.guidance_scale  # of the picture grids
         inputs |= {"settings": _dump(recipe.progressive), "guidance": fingerprint(recipe, "guidance"), "stream": stream}
     elif stage == "evaluate":
-        inputs |= {"settings": _dump(recipe.evaluate), "progressive": fingerprint(recipe, "progressive")}
+        judged = recipe.evaluate_classes or recipe.evaluate
+        inputs |= {"settings": _dump(judged), "progressive": fingerprint(recipe, "progressive")}
         inputs["alignment"] = _split(recipe, "alignment")
     else:
         inputs |= {"settings": _dump(recipe.register_), "evaluate": fingerprint(recipe, "evaluate")}
@@ -243,12 +249,12 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
 
 def autoencoder_fingerprint(recipe: Recipe) -> str:
     """Return a digest of what the teacher's VAE depends on."""
-    settings = recipe.train_teacher
+    settings = recipe.train_teacher or recipe.train_class_teacher
     assert settings is not None
     assert settings.autoencoder_train is not None
     return digest(
         {
-            "settings": _dump(settings.autoencoder),
+            "settings": settings.autoencoder and _dump(settings.autoencoder),
             "train": settings.autoencoder_train.of_the_weights(),
             "weights": [settings.kl_weight, settings.edge_weight],
             "data": _split(recipe, "train"),
@@ -256,20 +262,22 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
             "seed": recipe.seed,
             "format": _FORMAT,
         }
+        # That of a teacher with classes reads pictures with a class, grey ones perhaps.
+        | ({} if recipe.train_class_teacher is None else {"channels": recipe.train_class_teacher.network.channels})
     )
 
 
-def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: str) -> str:
+def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: str, masks: bool = False) -> str:
     """Return a digest of the latents that a teacher gives of picture shards, both named by their content.
 
     Args:
         recipe: the recipe.
         shards_digest: digest of the index of the picture shards.
         teacher_digest: `folder_digest` of the teacher.
+        masks: masks are drawn for the pictures, which depend on the recipe's seed.
     """
-    return digest(
-        {"settings": _dump(recipe.encode), "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
-    )
+    inputs = {"settings": _dump(recipe.encode), "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
+    return digest(inputs | ({"seed": recipe.seed} if masks else {}))
 
 
 def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: str) -> str:
@@ -310,19 +318,24 @@ def convert_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: 
     )
 
 
-def rung_fingerprint(recipe: Recipe, kind: StudentKind, num_inference_steps: int, *, before: str) -> str:
+def rung_fingerprint(
+    recipe: Recipe, kind: LadderKind, num_inference_steps: int, *, w: float | None = None, before: str
+) -> str:
     """Return a digest of one rung and all that it builds on; a change to a later rung leaves it as it is.
 
     Args:
         recipe: the recipe.
         kind: of the ladder.
         num_inference_steps: the rung.
+        w: the weight of a single-w ladder.
         before: fingerprint of the rung before it; of stage one for the first.
     """
     assert recipe.progressive is not None
     stage = recipe.progressive
     # What another rung or another ladder is told does not matter to this one.
-    own = stage.model_dump(mode="json", exclude={"ladder", "updates", "train", "kinds", "first_teacher_steps"})
+    own = stage.model_dump(
+        mode="json", exclude={"ladder", "updates", "train", "kinds", "single_w", "first_teacher_steps"}
+    )
     own |= {key: own[key].get(str(num_inference_steps), own[key].get(num_inference_steps)) for key in _BY_STEPS}
     own["skip_level"] = None  # it shows in the rung before, and in the number of its steps
     if kind != "naive":
@@ -331,6 +344,7 @@ def rung_fingerprint(recipe: Recipe, kind: StudentKind, num_inference_steps: int
         {
             "rung": num_inference_steps,
             "kind": kind,
+            "w": w,
             "teacher_steps": stage.teacher_of(num_inference_steps)[1],
             "settings": stage.rung(num_inference_steps).of_the_weights(),
             "stage": own,
@@ -354,10 +368,11 @@ def drawn_splits(recipe: Recipe) -> list[Split]:
 def _split(recipe: Recipe, split: Split) -> str:
     """Return a digest of the shards of one split: how many samples the others have is no part of it."""
     named = getattr(recipe.data, split)
-    if named is not None or recipe.prepare is None or "prepare" not in recipe.stages:
+    drawn = recipe.prepare or recipe.prepare_classes
+    if named is not None or drawn is None or "prepare" not in recipe.stages:
         return digest({"uri": named})
     others = {f"num_{other}" for other in SPLITS if other != split}
-    return digest({"settings": _without(_dump(recipe.prepare), others), "format": _FORMAT})
+    return digest({"settings": _without(_dump(drawn), others), "format": _FORMAT})
 
 
 def _teacher(recipe: Recipe) -> str:
@@ -385,14 +400,7 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-_WATCHING = {
-    "checkpoint_every",
-    "num_checkpoints_to_keep",
-    "keep_checkpoints_when_done",
-    "log_every",
-    "batch_size",
-    "num_threads",
-}
+_WATCHING = {*ONLY_WATCHING, *ONLY_ROUNDING, "batch_size", "num_threads"}
 
 
 def _dump(settings: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, random_mask
@@ -28,6 +29,7 @@ def encode(context: StageContext) -> dict[str, Any]:
     teacher = pin_teacher(context)
     folder = context.fetch(teacher)
     parts = load_model(folder).to(driver_device(recipe.cluster))
+    is_inpainting = "mask" in parts.denoiser().condition_names
     facts: dict[str, Any] = {
         "teacher": teacher,
         "teacher_digest": folder_digest(folder),
@@ -43,6 +45,7 @@ def encode(context: StageContext) -> dict[str, Any]:
             recipe,
             shards_digest=read_index(shards, storage=context.storage).digest,
             teacher_digest=facts["teacher_digest"],
+            masks=is_inpainting,
         )[:16]
         facts[split] = encode_shards(
             shards,
@@ -51,7 +54,7 @@ def encode(context: StageContext) -> dict[str, Any]:
             storage=context.storage,
             batch_size=recipe.encode.batch_size,
             max_bad_share=recipe.stream.max_bad_share,
-            masks=recipe.encode.masks if "mask" in parts.denoiser().condition_names else None,
+            masks=recipe.encode.masks if is_inpainting else None,
             seed=recipe.seed,
             label=f"encode {split}",
         )
@@ -82,7 +85,7 @@ def encode_shards(
     storage: Storage,
     batch_size: int,
     max_bad_share: float,
-    with_condition: bool = True,
+    condition_names: Sequence[str] | None = None,
     masks: MaskSettings | None = None,
     seed: int = 0,
     label: str,
@@ -94,10 +97,10 @@ def encode_shards(
 
     Args:
         source, target: URIs of the picture shards and of the latent shards.
-        parts: VAE, and text encoder when `with_condition`.
+        parts: the VAE, and what makes the condition.
         batch_size: pictures encoded at once.
         max_bad_share: share of broken samples above which it is an error.
-        with_condition: whether text embeddings (or labels, masks …) are stored beside the latents.
+        condition_names: parts of the condition (text, mask …) that are stored beside the latents; None: all.
         masks: for inpainting: how the mask of each picture is drawn; None: none is.
         seed: of the masks.
         label: for the progress.
@@ -118,7 +121,7 @@ def encode_shards(
             if record is None:
                 record = _encode_shard(
                     shard, uri, parts=parts, storage=storage, batch_size=batch_size, counts=counts,
-                    with_condition=with_condition, masks=masks, seed=seed, decode=decode, progress=progress,
+                    condition_names=condition_names, masks=masks, seed=seed, decode=decode, progress=progress,
                 )  # fmt: skip
                 storage.write_json(record_uris[number], {**record, "source": _source(shard)})
             else:
@@ -156,7 +159,7 @@ def _encode_shard(
     parts: Parts,
     storage: Storage,
     batch_size: int,
-    with_condition: bool,
+    condition_names: Sequence[str] | None,
     masks: MaskSettings | None,
     seed: int,
     counts: SampleCounts,
@@ -167,7 +170,7 @@ def _encode_shard(
     samples = iterate_shard(shard, storage=storage, decode=decode, counts=counts)
     if masks is not None:
         samples = _masked(samples, masks, parts.resolution, seed)
-    encoded = list(_encoded(samples, parts, batch_size, with_condition, progress))
+    encoded = list(_encoded(samples, parts, batch_size, condition_names, progress))
     skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
     record: dict[str, Any] = {"shard": None, "seen": counts.seen - before.seen, "skipped": skipped}
     progress.advance(record["seen"] - len(encoded))
@@ -179,13 +182,21 @@ def _encode_shard(
 
 
 def _encoded(
-    samples: Iterable[dict[str, Any]], parts: Parts, batch_size: int, with_condition: bool, progress: Progress
+    samples: Iterable[dict[str, Any]],
+    parts: Parts,
+    batch_size: int,
+    condition_names: Sequence[str] | None,
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     for batch in _batched(samples, batch_size):
         mean, std = parts.encode_pictures(torch.stack([sample["pixels"] for sample in batch]))
-        condition = parts.conditions(batch) if with_condition else {}
+        condition = {} if condition_names == () else parts.conditions(batch)
         for row, sample in enumerate(batch):
-            of_row = {name: value[row] for name, value in condition.items()}
+            of_row = {
+                name: value[row]
+                for name, value in condition.items()
+                if condition_names is None or name in condition_names
+            }
             yield latent_sample(sample["key"], sample.get("caption", ""), mean[row], std[row], of_row)
         progress.advance(len(batch))
 
@@ -194,10 +205,23 @@ def _masked(
     samples: Iterable[dict[str, Any]], masks: MaskSettings, resolution: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     for sample in samples:
-        # A mask belongs to its sample: encoding the shard again, or another one before it, draws the same.
-        key = hashlib.blake2b(f"{seed}/{sample['key']}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        yield {**sample, "mask": random_mask(resolution, resolution, settings=masks, generator=generator)}
+        yield {**sample, "mask": mask_of(sample["key"], resolution, settings=masks, seed=seed)}
+
+
+def mask_of(key: str, resolution: int, *, settings: MaskSettings, seed: int) -> Tensor:
+    """Return the mask of a sample, (1, resolution, resolution) of bool, True where the hole is.
+
+    It belongs to its sample: encoding the shard again, or another one before it, draws the same.
+
+    Args:
+        key: of the sample.
+        resolution: side of the pictures in pixels.
+        settings: how holes are drawn.
+        seed: of all masks.
+    """
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return random_mask(resolution, resolution, settings=settings, generator=generator)
 
 
 def _batched(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

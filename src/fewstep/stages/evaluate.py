@@ -23,10 +23,12 @@ from fewstep.evaluate.compare import Comparison, compare, row_specs
 from fewstep.evaluate.features import Lite0Features
 from fewstep.evaluate.report import ReportFiles, write_report
 from fewstep.evaluate.schema import StageUsage
-from fewstep.models import TextToImageParts, load_parts, read_student_info
+from fewstep.models import Denoiser, Parts, load_model, read_student_info
 from fewstep.recipe import Recipe
 from fewstep.stages.context import Artifact, StageContext, find_artifact, pin_teacher
 from fewstep.stages.device import driver_device
+from fewstep.stages.encode import mask_of
+from fewstep.stages.evaluate_classes import evaluate_classes
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -36,6 +38,8 @@ from fewstep.tracking.tracker import Tracker
 def evaluate(context: StageContext) -> dict[str, Any]:
     """Compare, write the report to the local folder and to the store, and log its figures."""
     recipe, storage = context.recipe, context.storage
+    if recipe.evaluate_classes is not None:
+        return evaluate_classes(context)
     trained = context.artifact("progressive").facts["students"]
     students = {steps: fetch_model(trained[str(steps)]["uri"], storage=storage) for steps in recipe.evaluate.steps}
     before = [(name, find_artifact(recipe, storage, name)) for name in recipe.stages if name != "evaluate"]
@@ -54,6 +58,11 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     for result in comparison.report.results:
         row = f"{result.method}_{result.num_inference_steps}"
         figures = {name: getattr(result, name) for name in _FIGURES}
+        context.run.log_metrics({f"{row}.{name}": value for name, value in figures.items() if value is not None})
+    inpainting = comparison.report.inpainting
+    for hole in inpainting.results if inpainting is not None else ():
+        row = f"{hole.method}_{hole.num_inference_steps}"
+        figures = {"hole_mse": hole.hole_mse, "known_mse": hole.known_mse}
         context.run.log_metrics({f"{row}.{name}": value for name, value in figures.items() if value is not None})
     return {"report": join(context.uri("evaluate"), files.json.name)}
 
@@ -102,26 +111,39 @@ def evaluate_models(
 def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Path]) -> Comparison:
     recipe, settings = context.recipe, context.recipe.evaluate
     device = driver_device(recipe.cluster)
-    teacher = load_parts(context.fetch(teacher_uri)).to(device)
-    networks = {}
+    teacher = load_model(context.fetch(teacher_uri)).to(device)
+    if teacher.num_classes is not None:
+        raise ModelError(
+            f"{teacher_uri} is class-conditional (family {teacher.family}), and this report is of models that take "
+            "prompts: class-conditional students are judged by the stage evaluate with the key evaluate_classes"
+        )
+    real, prompts, keys = _read(context, "evaluate", teacher.resolution)
+    masks = None
+    if "mask" in teacher.denoiser().condition_names:
+        masks = torch.stack(
+            [mask_of(key, teacher.resolution, settings=recipe.encode.masks, seed=recipe.seed) for key in keys]
+        )
+    first = {"caption": prompts[0], "pixels": real[0], **({} if masks is None else {"mask": masks[0]})}
+    models: dict[int, Denoiser] = {}
     for steps, folder in students.items():
-        student, info = load_parts(folder).to(device), read_student_info(folder)
-        _check_fits(student, teacher, str(folder))
+        student, info = load_model(folder).to(device), read_student_info(folder)
+        _check_fits(student, teacher, first, str(folder))
         if info is not None:
+            info.check_kind("this comparison", "deterministic")
             info.check(num_inference_steps=steps, guidance_scale=settings.guidance_scale)
-        networks[steps] = student.unet
-    real, prompts = _read(context, "evaluate", teacher.resolution)
+        models[steps] = student.denoiser()
     features = Lite0Features(num_threads=settings.num_threads)
-    scorer = AlignmentScorer(image_features=features).fit(*_read(context, "alignment", teacher.resolution))
+    scorer = AlignmentScorer(image_features=features).fit(*_read(context, "alignment", teacher.resolution)[:2])
     each = settings.num_prompts
     with Progress("evaluate", len(row_specs(settings)) * each, "images") as progress:
         return compare(
             teacher=teacher,
-            students=networks,
+            students=models,
             prompts=prompts,
             seeds=list(range(len(prompts))),
             real_images=real,
             real_captions=prompts,
+            masks=masks,
             settings=settings,
             scorer=scorer,
             image_features=features,
@@ -129,19 +151,26 @@ def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Pat
         )
 
 
-def _check_fits(student: TextToImageParts, teacher: TextToImageParts, name: str) -> None:
+def _check_fits(student: Parts, teacher: Parts, sample: Mapping[str, Any], name: str) -> None:
     """Refuse a student of another teacher: sampled with this one's times and embeddings, its figures would be wrong."""
     same = (
-        student.prediction_type == teacher.prediction_type
+        type(student) is type(teacher)
         and student.schedule.same_as(teacher.schedule)
-        and student.latent_shape == teacher.latent_shape
-        and torch.allclose(student.encode_prompts(["a"]), teacher.encode_prompts(["a"]), atol=1e-3)
+        and student.sample_shape == teacher.sample_shape
+        and _same_condition(student.conditions([sample]), teacher.conditions([sample]))
     )
     if not same:
         raise ModelError(
-            f"the student in {name} was not made from the recipe's teacher: its schedule, prediction type, latents or "
-            "text encoder differ. Name the teacher that it was distilled from"
+            f"the student in {name} was not made from the recipe's teacher: its family, schedule, latents or text "
+            "encoder differ. Name the teacher that it was distilled from"
         )
+
+
+def _same_condition(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(
+        value.shape == other[name].shape and torch.allclose(value.float(), other[name].float(), atol=1e-3)
+        for name, value in own.items()
+    )
 
 
 _FIGURES = (
@@ -158,10 +187,12 @@ _FIGURES = (
 _MAX_PICTURES = 10_000
 
 
-def _read(context: StageContext, split: Split, resolution: int) -> tuple[Tensor, list[str]]:
+def _read(context: StageContext, split: Split, resolution: int) -> tuple[Tensor, list[str], list[str]]:
+    """Return pictures, captions and keys of a split."""
     shards = read_index(context.shards(split), storage=context.storage).shards
     decode = partial(decode_picture, resolution=resolution)
     counts = SampleCounts(context.recipe.stream.max_bad_share)
     read = iterate_samples(shards, storage=context.storage, decode=decode, counts=counts)
     samples = list(islice(read, _MAX_PICTURES))
-    return torch.stack([sample["pixels"] for sample in samples]), [sample["caption"] for sample in samples]
+    pixels = torch.stack([sample["pixels"] for sample in samples])
+    return pixels, [sample["caption"] for sample in samples], [sample["key"] for sample in samples]

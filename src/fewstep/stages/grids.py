@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fewstep.data.stream import stack_samples
-from fewstep.diffusion import RowRandom, ddim, ddim_encode, stochastic
+from fewstep.diffusion import RowRandom, ddim, ddim_encode
 from fewstep.distill.clean import draw_clean
-from fewstep.models import Denoiser, Parts, StudentInfo, initial_noise, load_model, read_student_info
+from fewstep.models import Parts, initial_noise, load_model, read_student_info, sample_student
+from fewstep.models.sampling import number_of_steps
 from fewstep.stages.context import StageContext
 from fewstep.stages.device import driver_device
 from fewstep.stages.guidance import held_out_samples
@@ -45,7 +44,7 @@ def picture_grid(context: StageContext, student_uri: str) -> Image.Image:
             draw_clean(batch, random),
             schedule=model.schedule,
             prediction_type=model.prediction_type,
-            num_inference_steps=_steps(info),
+            num_inference_steps=number_of_steps(info, None),
         )
         model = load_model(context.fetch(context.teacher())).to(device).denoiser()
         z = ddim(
@@ -65,41 +64,6 @@ def picture_grid(context: StageContext, student_uri: str) -> Image.Image:
             clip_sample=not parts.stores_latents,
         )
     return _sheet(parts, z)
-
-
-def sample_student(
-    model: Denoiser, info: StudentInfo, noise: Tensor, condition: Any, *, w: float, clip_sample: bool, seed: int = 0
-) -> Tensor:
-    """Return what a student makes of noise with its own sampler and number of steps, noise's shape.
-
-    Args:
-        model: the student.
-        info: what it was made for.
-        noise: (B, C, h, w).
-        condition: B rows.
-        w: guidance weight; without effect on a student of a single one.
-        clip_sample: keep x̂ within [−1, 1], for pictures in pixels.
-        seed: of the stochastic sampler's noise.
-    """
-    common: dict[str, Any] = {
-        "schedule": model.schedule,
-        "prediction_type": model.prediction_type,
-        "num_inference_steps": _steps(info),
-        "clip_sample": clip_sample,
-    }
-    if info.kind == "stochastic":
-        random = RowRandom(seed=seed, step=0, rows=range(len(noise)), device=noise.device)
-        return stochastic(
-            model.conditional(condition, w), noise, noise=lambda step: random.normal(*noise.shape[1:]), **common
-        )
-    return ddim(
-        model.guided(condition, w) if info.kind == "naive" else model.conditional(condition, w), noise, **common
-    )
-
-
-def _steps(info: StudentInfo) -> int:
-    assert info.num_inference_steps is not None
-    return info.num_inference_steps
 
 
 def _sheet(parts: Parts, z: Tensor) -> Image.Image:

@@ -16,7 +16,10 @@ from fewstep.data.stream import stack_samples
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import GuidanceObjective, GuidedError, guided_relative_error
 from fewstep.distill.settings import GuidanceSettings
+from fewstep.errors import RecipeError
 from fewstep.models import Parts, StudentInfo, load_model, save_student
+from fewstep.models.lora import check_peft, has_adapters, lora_student, merged, save_adapters
+from fewstep.recipe import Recipe
 from fewstep.stages.batches import sample_batches
 from fewstep.stages.context import StageContext, guidance_fingerprint
 from fewstep.stages.device import driver_device
@@ -34,6 +37,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
     recipe, storage = context.recipe, context.storage
     settings = recipe.guidance
     assert settings is not None
+    check_lora(recipe)
     encoded = context.artifact("encode").facts
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
     w_min, w_max = settings.weights
@@ -47,6 +51,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
         fingerprint=guidance_fingerprint(
             recipe, teacher_digest=context.teacher_digest(), latents_digest=encoded["train"]["digest"]
         ),
+        lora_base=None if settings.lora is None else teacher.uri,
     )
     job = TrainJob(
         name="guidance",
@@ -91,6 +96,25 @@ def guidance(context: StageContext) -> dict[str, Any]:
     return facts
 
 
+def check_lora(recipe: Recipe) -> None:
+    """Refuse adapters that cannot be trained here, or that the ladder could not go on from; before stage one.
+
+    Raises:
+        ModelError: the package peft is not installed.
+        RecipeError: the two stages name different ones.
+    """
+    first = recipe.guidance.lora if recipe.guidance is not None else None
+    then = recipe.progressive.lora if recipe.progressive is not None else None
+    if first is not None or then is not None:
+        check_peft()
+    if first is not None and then is not None and first != then:
+        raise RecipeError(
+            f"guidance.lora is rank={first.rank}, alpha={first.alpha} and progressive.lora rank={then.rank}, "
+            f"alpha={then.alpha} (or their target_modules differ): the rungs go on from the adapters of stage one, so "
+            "give both the same"
+        )
+
+
 @dataclass(frozen=True)
 class TeacherSource:
     """Where a worker, on whatever machine, gets the teacher from."""
@@ -111,14 +135,20 @@ def export_student(
     network: nn.Module,
     folder: str,
 ) -> None:
-    """Write a student's diffusers folder; the `export` of the training jobs of both stages."""
-    save_student(folder, teacher.load(), network, info, prediction_type=prediction_type)
+    """Write a student's diffusers folder, and its adapters where it has them; the `export` of the training jobs of both
+    stages."""
+    whole = merged(network) if has_adapters(network) else network
+    save_student(folder, teacher.load(), whole, info, prediction_type=prediction_type)
+    if has_adapters(network):
+        save_adapters(network, folder)
 
 
 def _objective(settings: GuidanceSettings, source: TeacherSource, device: torch.device) -> GuidanceObjective:
     w_min, w_max = settings.weights
+    teacher = source.load().to(device).denoiser()
     return GuidanceObjective(
-        source.load().to(device).denoiser(),
+        teacher,
+        student=None if settings.lora is None else lora_student(teacher.network, settings.lora),
         w_min=w_min,
         w_max=w_max,
         embedding_dim=settings.embedding_dim,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from fewstep.data.classes import ClassPicturesSettings, class_samples
 from fewstep.data.emoji import EmojiSettings, emoji_samples
 from fewstep.data.emoji.dataset import Split
 from fewstep.data.shards import ShardIndex, read_index, write_metadata, write_shards
@@ -15,15 +16,15 @@ from fewstep.storage import join
 
 
 def prepare(context: StageContext) -> dict[str, Any]:
-    """Draw the emoji set and store its splits; returns address, digest and size of each.
+    """Store the splits of the emoji set, or of pictures with classes; returns address, digest and size of each.
 
     A split lies under its own address, so that more held-out scenes leave the training scenes as they are. One for
     which the recipe names shards of the user's own is not drawn: those are only read.
     """
-    settings = context.recipe.prepare
+    settings = context.recipe.prepare or context.recipe.prepare_classes
     assert settings is not None
     facts: dict[str, Any] = {}
-    drawn = drawn_splits(context.recipe)
+    drawn = [split for split in drawn_splits(context.recipe) if settings.num_samples(split)]
     uris = {split: shards_uri(context.recipe, context.storage, split) for split in drawn}
     # The metadata come last: with them the split counts as written.
     metadata = {split: join(uri, "metadata.parquet") for split, uri in uris.items()}
@@ -47,14 +48,21 @@ def prepare(context: StageContext) -> dict[str, Any]:
 
 
 def _draw(
-    context: StageContext, settings: EmojiSettings, split: Split, uri: str, metadata: str, progress: Progress
+    context: StageContext,
+    settings: EmojiSettings | ClassPicturesSettings,
+    split: Split,
+    uri: str,
+    metadata: str,
+    progress: Progress,
 ) -> ShardIndex:
     rows: list[dict[str, Any]] = []
 
     def samples() -> Iterator[dict[str, Any]]:
-        for sample in emoji_samples(settings, split):
+        made = emoji_samples(settings, split) if isinstance(settings, EmojiSettings) else class_samples(settings, split)
+        for sample in made:
             record = json.loads(sample["json"])
-            rows.append({"url": f"emoji:{record['codes'][0]}", **record})
+            url = record["url"] if "url" in record else f"emoji:{record['codes'][0]}"
+            rows.append({**record, "url": url})
             progress.advance()
             yield sample
 

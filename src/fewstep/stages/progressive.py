@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from fewstep.distill import NaiveProgressiveObjective, Objective, ProgressiveObjective
-from fewstep.distill.settings import ProgressiveSettings, student_label
-from fewstep.models import StudentInfo, StudentKind, load_model
+from fewstep.distill.settings import LadderKind, ProgressiveSettings, student_kind, student_label
+from fewstep.errors import ModelError
+from fewstep.models import StudentInfo, load_model, read_student_info
+from fewstep.models.lora import LoraSettings, adapters_in, lora_student
 from fewstep.stages.batches import sample_batches
 from fewstep.stages.context import StageContext, rung_fingerprint
 from fewstep.stages.grids import picture_grid
-from fewstep.stages.guidance import TeacherSource, export_student
+from fewstep.stages.guidance import TeacherSource, check_lora, export_student
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.lineage import lineage
@@ -25,53 +27,64 @@ def progressive(context: StageContext) -> dict[str, Any]:
     """Train every rung of every ladder from the one before it; each is a run of its own, with a picture grid."""
     settings = context.recipe.progressive
     assert settings is not None
+    check_lora(context.recipe)
     students: dict[str, Any] = {}
     for kind in settings.kinds:
-        students |= _ladder(context, kind)
+        for w in settings.single_w if kind == "single_w" else (None,):
+            students |= _ladder(context, kind, w)
+    reused = [student.pop("reused") for student in students.values()]
     return {
         "students": students,
         "training_seconds": sum(student["training"]["seconds"] for student in students.values()),
-        "reused": all(student.pop("reused") for student in students.values()),
+        "reused": all(reused),
     }
 
 
-def _ladder(context: StageContext, kind: StudentKind) -> dict[str, Any]:
+def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[str, Any]:
     """Train the rungs of one ladder; returns what is known of each student, by its label."""
     recipe, storage = context.recipe, context.storage
     settings = recipe.progressive
     assert settings is not None
     assert recipe.guidance is not None
+    kind = student_kind(ladder)
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
     stage_one = context.artifact("guidance").facts
-    # The naive ladder begins with the guided teacher itself.
+    # These ladders begin with the guided teacher itself.
+    without_stage_one = ladder in ("naive", "single_w")
     first = {
         "uri": stage_one["training"]["export_uri"],
         "fingerprint": stage_one["fingerprint"],
         "prediction_type": recipe.guidance.prediction_type,
     }
-    if kind == "naive":
+    if without_stage_one:
         first = {"uri": teacher.uri, "fingerprint": context.teacher_digest(), "prediction_type": None}
     rungs: dict[int | None, dict[str, Any]] = {None: first}
-    w_min, w_max = recipe.guidance.weights
+    # Adapters of stage one sit on the teacher, and those of its rungs go on from them.
+    lora_base = None
+    if settings.lora is not None:
+        lora_base = first["uri"] if recipe.guidance.lora is None else teacher.uri
+    w_min, w_max = recipe.guidance.weights if w is None else (w, w)
     for steps in settings.ladder:
         taught_by, teacher_steps = settings.teacher_of(steps)
         before = rungs[taught_by]
-        fingerprint = rung_fingerprint(recipe, kind, steps, before=before["fingerprint"])
-        label = student_label(kind, steps)
+        fingerprint = rung_fingerprint(recipe, ladder, steps, w=w, before=before["fingerprint"])
+        label = student_label(ladder, steps, w=w)
         info = StudentInfo(
             stage="progressive",
             num_inference_steps=steps,
             w_min=w_min,
             w_max=w_max,
-            guidance_scale=recipe.evaluate.guidance_scale,
+            guidance_scale=recipe.evaluate.guidance_scale if w is None else 1 + w,
             teacher=teacher.uri,
             fingerprint=fingerprint,
             kind=kind,
             start_times=settings.start_times.get(steps) if kind == "deterministic" else None,
+            lora_base=lora_base,
         )
         train = settings.rung(steps)
         prediction_type = settings.prediction_type.get(steps, before["prediction_type"])
-        name = f"{steps} step{'s' if steps > 1 else ''}" + ("" if kind == "deterministic" else f" {kind}")
+        name = f"{steps} step{'s' if steps > 1 else ''}" + ("" if ladder == "deterministic" else f" {ladder}")
+        name += "" if w is None else f" {w:g}"
         job = TrainJob(
             name=name,
             fingerprint=info.fingerprint,
@@ -107,12 +120,36 @@ def _ladder(context: StageContext, kind: StudentKind) -> dict[str, Any]:
             "training": result.to_json(),
             "fingerprint": info.fingerprint,
             "code": trained_by(storage=storage, uri=uri),
-            "kind": kind,
+            "kind": ladder,
+            "w": w,
             "num_inference_steps": steps,
             "prediction_type": prediction_type,
             "reused": reused,
         }
-    return {student_label(kind, steps): rungs[steps] for steps in settings.ladder}
+    return {student_label(ladder, steps, w=w): rungs[steps] for steps in settings.ladder}
+
+
+def _lora_student(
+    settings: LoraSettings,
+    before: str,
+    info: StudentInfo,
+    storage: Storage,
+    source: TeacherSource,
+    device: torch.device,
+) -> Any:
+    """Return the base with adapters that begin as those of the student before, if it has any."""
+    assert info.lora_base is not None
+    is_teacher = info.lora_base == source.uri
+    base = source.load() if is_teacher else load_model(fetch_model(info.lora_base, storage=storage))
+    start = None
+    if before != info.lora_base:
+        start = fetch_model(before, storage=storage)
+        info_before = read_student_info(start)
+        if adapters_in(start) is None or info_before is None or info_before.lora_base != info.lora_base:
+            raise ModelError(
+                f"{before} has no adapters on {info.lora_base} to go on from: leave lora out, or train all rungs anew"
+            )
+    return lora_student(base.to(device).network, settings, start=start)
 
 
 def _objective(
@@ -134,11 +171,21 @@ def _objective(
         "loss_weight": settings.loss_weight,
         "error": settings.error,
     }
+    from_teacher = before == source.uri
+    parts = source.load() if from_teacher else load_model(fetch_model(before, storage=storage))
+    teacher = parts.to(device).denoiser()
     if info.kind == "naive":
-        parts = source.load() if before == source.uri else load_model(fetch_model(before, storage=storage))
-        return NaiveProgressiveObjective(parts.to(device).denoiser(), guided_share=settings.guided_share, **shared)
+        return NaiveProgressiveObjective(
+            teacher, guided_share=settings.guided_share, denoising_weight=settings.denoising_weight, **shared
+        )
+    student = None
+    if settings.lora is not None:
+        student = _lora_student(settings.lora, before, info, storage, source, device)
     return ProgressiveObjective(
-        load_model(fetch_model(before, storage=storage)).to(device).denoiser(),
+        teacher,
+        guided_teacher=from_teacher,
+        student=student,
+        feature_weight=settings.feature_weight,
         kind=info.kind,
         start_times=info.start_times,
         prediction_type=settings.prediction_type.get(steps),

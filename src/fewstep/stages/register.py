@@ -11,9 +11,11 @@ from typing import Any
 from fewstep.evaluate.gate import decide
 from fewstep.evaluate.report import read_report
 from fewstep.models import copy_student, read_student_info
+from fewstep.models.lora import ADAPTER_FILE
 from fewstep.recipe import digest
 from fewstep.stages.context import StageContext, fingerprint
 from fewstep.storage import join
+from fewstep.tracking.adapters import add_flavor
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.registry import Registry
 
@@ -42,6 +44,7 @@ def register(context: StageContext) -> dict[str, Any]:
         trained_folder = fetch_model(trained[str(steps)]["uri"], storage=storage)
         with tempfile.TemporaryDirectory() as scratch:
             student, registered_as = _at_scale(trained_folder, Path(scratch, "student"), recipe.evaluate.guidance_scale)
+            _add_flavor(student)
             version = registry.log_student(
                 context.run,
                 student,
@@ -68,6 +71,20 @@ def register(context: StageContext) -> dict[str, Any]:
 
 
 _METRICS = ("kid_lite0_to_real", "kid_lite0_to_teacher", "fd_lite0_to_real", "alignment", "paired_mse")
+
+
+def _add_flavor(folder: Path) -> None:
+    """Let MLflow's own `diffusers` flavour read a student of adapters; a student without them stays as it is."""
+    info = read_student_info(folder)
+    if info is None or info.lora_base is None or info.num_inference_steps is None:
+        return
+    add_flavor(
+        folder,
+        adapters=folder / ADAPTER_FILE,
+        base=info.lora_base,
+        num_inference_steps=info.num_inference_steps,
+        guidance_scale=1.0 if info.has_single_w else info.guidance_scale,
+    )
 
 
 def _at_scale(folder: Path, copy: Path, guidance_scale: float) -> tuple[Path, str]:

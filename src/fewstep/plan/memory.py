@@ -1,0 +1,170 @@
+"""How much memory one GPU needs in a training, and what of it lies where.
+
+All but the reserve is counted, not measured on a GPU: weights and what goes with each, and the bytes that live during
+a forward and a backward pass, followed on meta tensors under CUDA's rules of autocast (`footprint.py`). On a CPU in
+float32 the count is the allocator's own to a per cent (`tests/plan/test_footprint.py`). Not counted: workspaces of
+cuDNN and cuBLAS, NCCL's buffers, CUDA's context and what the allocator cannot use; `RESERVE_BYTES` and
+`FRAGMENTATION` stand for these and are estimates, as is `MEMORY_ERROR`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import prod
+
+from fewstep.errors import FewstepError
+from fewstep.plan.gpus import GIB
+from fewstep.plan.network import Sizes, adapter_weights, forward_pass, sizes, training_pass
+from fewstep.plan.shapes import WHOLE_NUMBERS, Shape
+from fewstep.plan.work import Training
+from fewstep.train.settings import TrainSettings, wrong_micro_batch
+
+#: CUDA's context, workspaces and, with several workers, NCCL's buffers.
+RESERVE_BYTES = 2 * GIB
+
+#: Share of the bytes that come and go in every pass which the allocator cannot use.
+FRAGMENTATION = 0.08
+
+
+#: Share by which the whole is taken to be wrong at most, until it is held against a GPU.
+MEMORY_ERROR = 0.15
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU at the fullest moment of an update, and of the main memory beside it.
+
+    Attributes:
+        weights: of the trained network, and of adapters.
+        gradients: counted whole, although at the fullest moment of a single pass not all are there yet.
+        moments: AdamW's two.
+        average: the averaged weights, where they are kept on the GPU.
+        frozen: the teacher's weights.
+        gathered: with FSDP, the blocks that are whole for a moment, and their gradients.
+        activations: what lives in a forward and backward pass beside these, casts of weights included.
+        inputs: the batch.
+        reserve: see the module.
+        host_average: main memory of a worker for an average that is kept there, the pinned copy included.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    frozen: int
+    gathered: int
+    activations: int
+    inputs: int
+    reserve: int
+    host_average: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the GPU in all."""
+        return sum(value for name, value in asdict(self).items() if name != "host_average")
+
+
+def is_bfloat16(settings: TrainSettings) -> bool:
+    """Return whether a training computes in bfloat16 on a GPU; all that a plan is made for can."""
+    return settings.precision != "float32"
+
+
+def rows_per_worker(settings: TrainSettings, num_workers: int) -> int:
+    """Return the rows that one worker has of an update.
+
+    Raises:
+        FewstepError: they cannot be shared out equally, or the micro-batch does not divide them.
+    """
+    rows, rest = divmod(settings.global_batch_size, num_workers)
+    if rest or rows == 0:
+        raise FewstepError(
+            f"global_batch_size={settings.global_batch_size} cannot be shared equally by {num_workers} workers; take "
+            "a multiple, or another number of workers (cluster.num_workers, or --workers)"
+        )
+    if settings.micro_batch_size is not None and rows % settings.micro_batch_size:
+        raise FewstepError(wrong_micro_batch(settings.micro_batch_size, rows))
+    return rows
+
+
+def trained_weights(training: Training) -> int:
+    """Return the number of weights that are trained: the network's, or those of its adapters."""
+    if training.adapters is None:
+        return sizes(training.network).weights
+    lora = training.adapters
+    return adapter_weights(training.network, rank=lora.rank, target_modules=lora.target_modules)
+
+
+def memory_of(training: Training, settings: TrainSettings, shape: Shape, *, num_workers: int) -> Memory:
+    """Return the memory of a training.
+
+    Args:
+        training: what is trained.
+        settings: its settings, or others to try.
+        shape: of the model, for the batch.
+        num_workers: GPUs that share an update.
+
+    Raises:
+        FewstepError: see `rows_per_worker`.
+    """
+    rows = rows_per_worker(settings, num_workers)
+    at_once = settings.micro_batch_size or rows
+    sharded = settings.strategy == "fsdp" and num_workers > 1
+    share = num_workers if sharded else 1
+    network, trained = sizes(training.network), trained_weights(training)
+    adapters = 0 if training.adapters is None else trained
+
+    gradients = 4 * trained // share
+    if sharded and at_once < rows:
+        gradients += 4 * trained  # added up whole until the last micro-batch, see `gradient_sync`
+    gathered = _gathered(network, with_gradients=True) if sharded else 0
+    frozen = 0
+    if training.teacher is not None:
+        teacher = sizes(training.teacher)
+        each = 2 if settings.frozen_dtype == "bfloat16" else 4
+        frozen = each * teacher.weights
+        if sharded and settings.shard_frozen:
+            frozen //= num_workers
+            gathered = max(gathered, _gathered(teacher, with_gradients=False) * each // 4)
+    averaged = 0 if settings.ema_decay is None else 4 * trained // share
+    on_host = settings.ema_device == "cpu"
+    activations = _activations(training, settings, at_once)
+    return Memory(
+        weights=4 * (network.weights + adapters) // share,
+        gradients=gradients,
+        moments=8 * trained // share,
+        average=0 if on_host else averaged,
+        frozen=frozen,
+        gathered=gathered,
+        activations=activations,
+        inputs=_input_bytes(shape, training.reads) * (rows + at_once),
+        reserve=RESERVE_BYTES + round(FRAGMENTATION * (activations + gathered)),
+        host_average=2 * averaged if on_host else 0,
+    )
+
+
+def _gathered(network: Sizes, *, with_gradients: bool) -> int:
+    # What lies outside the blocks stays whole during the pass; of the blocks, one is used and the next one on its way.
+    # Going back, a block's gradients are whole too until they are shared out, twice while they are.
+    blocks = 2 + (2 if with_gradients else 0)
+    return 4 * (network.outside + blocks * network.largest_block)
+
+
+def _activations(training: Training, settings: TrainSettings, rows: int) -> int:
+    bfloat16 = is_bfloat16(settings)
+    footprint = training_pass(training.network, bfloat16=bfloat16, checkpointing=settings.gradient_checkpointing)
+    of_student = footprint.peak_bytes(rows * training.rows)
+    if training.features is not None:  # its activations are there while the student's still are
+        of_student += training_pass(training.features, bfloat16=bfloat16, checkpointing=False).peak_bytes(rows)
+    if training.teacher is None:
+        return of_student
+    of_teacher = forward_pass(training.teacher, bfloat16=bfloat16).peak_bytes(rows * training.teacher_rows)
+    return max(of_student, of_teacher)
+
+
+def _input_bytes(shape: Shape, reads: str) -> int:
+    """Return the bytes of a sample as the device gets it."""
+    if reads == "pictures":
+        return 3 * shape.resolution**2
+    told = {} if reads == "latents_alone" else shape.conditions
+    conditions = sum(prod(size) * (8 if name in WHOLE_NUMBERS else 2) for name, size in told.items())
+    return 2 * 2 * prod(shape.sample_shape) + conditions

@@ -1,0 +1,314 @@
+"""The plan of a recipe: what each stage would compute, read, keep and hold in memory, and how long it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fewstep.errors import FewstepError
+from fewstep.plan.gpus import Gpu, find_gpu
+from fewstep.plan.memory import MEMORY_ERROR, Memory, is_bfloat16, memory_of, rows_per_worker
+from fewstep.plan.network import Network, forward_pass, sizes, training_pass
+from fewstep.plan.shapes import Shape
+from fewstep.plan.switches import Switches, what_would_fit
+from fewstep.plan.teacher import find_shape
+from fewstep.plan.transfer import SampleBytes, checkpoint_bytes, checkpoints_written, export_bytes, sample_bytes
+from fewstep.plan.work import Passes, Training, work_of
+from fewstep.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training, or the driver's own passes in a stage.
+
+    Attributes:
+        stage: the stage that it belongs to.
+        name: what it is, in words.
+        updates: optimiser updates; None for the driver's passes.
+        samples: samples that go through, each time that they do.
+        flops: of one sample.
+        num_gpus: GPUs that work at it.
+        gpu_seconds: their time at the plan's MFU, added up.
+        read_bytes: from the store.
+        written_bytes: to the store, checkpoints that are deleted later included.
+        stored_bytes: what stays there.
+        checkpoint_bytes: what its checkpoints take there while it runs.
+        memory: of one GPU; None for the driver's passes.
+        switches: what would make it fit; empty where it fits, or where nothing tried would.
+    """
+
+    stage: str
+    name: str
+    updates: int | None
+    samples: int
+    flops: float
+    num_gpus: int
+    gpu_seconds: float
+    read_bytes: int
+    written_bytes: int
+    stored_bytes: int
+    checkpoint_bytes: int = 0
+    memory: Memory | None = None
+    switches: tuple[Switches, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Stage and name, as they are shown."""
+        return self.name if self.name == self.stage else f"{self.stage}, {self.name}"
+
+    @property
+    def seconds(self) -> float:
+        """Time on the clock."""
+        return self.gpu_seconds / self.num_gpus
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole recipe.
+
+    Attributes:
+        recipe: its name.
+        teacher: what the recipe says of it.
+        shape: the shape that stands for the teacher.
+        about: what that is, in words.
+        weights: of the teacher's denoising network.
+        forward_flops: of one pass of it, one sample.
+        gpu: the kind of GPU.
+        mfu: share of the GPU's peak that is taken to be reached.
+        num_workers: GPUs that a training takes.
+        num_samples: training samples.
+        samples_from: where that number is from, in words.
+        steps: in order.
+    """
+
+    recipe: str
+    teacher: str
+    shape: str
+    about: str
+    weights: int
+    forward_flops: float
+    gpu: Gpu
+    mfu: float
+    num_workers: int
+    num_samples: int
+    samples_from: str
+    steps: tuple[Step, ...]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all steps."""
+        return sum(step.gpu_seconds for step in self.steps) / 3600
+
+    @property
+    def hours(self) -> float:
+        """On the clock, one step after the other."""
+        return sum(step.seconds for step in self.steps) / 3600
+
+    @property
+    def fullest(self) -> Step | None:
+        """The training that needs most memory; None when there is none."""
+        trainings = [step for step in self.steps if step.memory is not None]
+        return max(trainings, key=lambda step: step.memory.total if step.memory else 0, default=None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every training fits its GPUs."""
+        return not self.too_large
+
+    @property
+    def too_large(self) -> tuple[Step, ...]:
+        """The trainings that do not fit."""
+        return tuple(s for s in self.steps if s.memory is not None and s.memory.total > self.gpu.memory_bytes)
+
+    def total(self, name: str) -> int:
+        """Return the sum of a number of bytes over all steps: read_bytes, written_bytes or stored_bytes."""
+        return sum(getattr(step, name) for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as a JSON object."""
+        steps = [
+            {
+                **asdict(step),
+                "memory": None if step.memory is None else {**asdict(step.memory), "total": step.memory.total},
+                "switches": [
+                    {"changes": each.changes, "memory": {**asdict(each.memory), "total": each.memory.total}}
+                    for each in step.switches
+                ],
+                "seconds": step.seconds,
+            }
+            for step in self.steps
+        ]
+        return {
+            **asdict(self),
+            "steps": steps,
+            "gpu_hours": self.gpu_hours,
+            "hours": self.hours,
+            "fits": self.fits,
+            **{name: self.total(name) for name in ("read_bytes", "written_bytes", "stored_bytes")},
+        }
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    gpu: str = "h100",
+    mfu: float = 0.4,
+    shape: str | None = None,
+    num_workers: int | None = None,
+    num_samples: int | None = None,
+) -> Plan:
+    """Return the plan of a recipe.
+
+    Args:
+        recipe: the recipe.
+        gpu: kind of GPU, a name in `fewstep.plan.gpus`.
+        mfu: share of its peak that is taken to be reached; recomputation counts as work.
+        shape: a shipped shape, or a folder with configurations, to stand for the teacher; None: the teacher's own.
+        num_workers: GPUs of a training; None: the recipe's, 1 where it says auto.
+        num_samples: training samples; None: as many as the recipe or the data set says, or else as many as the longest
+            training sees.
+
+    Raises:
+        FewstepError: no such GPU, a share that none can be, or an update that the workers cannot share.
+        ModelError: the teacher's sizes are not known.
+    """
+    found = find_gpu(gpu)
+    if not 0 < mfu <= 1:
+        raise FewstepError(f"--mfu {mfu:g} is outside 0 … 1: it is a share of the GPU's peak; 0.3 to 0.5 are usual")
+    for name, value in (("--workers", num_workers), ("--samples", num_samples)):
+        if value is not None and value < 1:
+            raise FewstepError(f"{name} {value} is below 1")
+    sizes_of = find_shape(recipe, named=shape)
+    work = work_of(recipe, sizes_of)
+    workers = num_workers or (1 if recipe.cluster.num_workers == "auto" else recipe.cluster.num_workers)
+    samples, samples_from = _training_samples(recipe, sizes_of, work, num_samples)
+    planner = _Planner(recipe, sizes_of, found, mfu, workers, samples, sample_bytes(sizes_of))
+    network = Network.of(sizes_of)
+    return Plan(
+        recipe=recipe.name,
+        teacher=recipe.teacher or "trained by the recipe",
+        shape=sizes_of.name,
+        about=sizes_of.about,
+        weights=sizes(network).weights,
+        forward_flops=forward_pass(network, bfloat16=True).flops,
+        gpu=found,
+        mfu=mfu,
+        num_workers=workers,
+        num_samples=samples,
+        samples_from=samples_from,
+        steps=tuple(planner.step(each) for each in work),
+    )
+
+
+def _training_samples(
+    recipe: Recipe, shape: Shape, work: Iterable[Training | Passes], given: int | None
+) -> tuple[int, str]:
+    if given is not None:
+        return given, "--samples"
+    prepared = recipe.prepare or recipe.prepare_classes
+    if prepared is not None and recipe.data.train is None:
+        return prepared.num_train, "prepare.num_train"
+    if shape.num_train is not None:
+        return shape.num_train, "the data set's"
+    longest = max(
+        (each.settings.updates * each.settings.global_batch_size for each in work if isinstance(each, Training)),
+        default=1,
+    )
+    return longest, "assumed: as many as the longest training sees, so that it sees none twice"
+
+
+@dataclass(frozen=True)
+class _Planner:
+    recipe: Recipe
+    shape: Shape
+    gpu: Gpu
+    mfu: float
+    num_workers: int
+    num_samples: int
+    sample_bytes: SampleBytes
+
+    def step(self, work: Training | Passes) -> Step:
+        return self._training(work) if isinstance(work, Training) else self._passes(work)
+
+    def _training(self, training: Training) -> Step:
+        settings = training.settings
+        bfloat16 = is_bfloat16(settings)
+        try:
+            rows_per_worker(settings, self.num_workers)
+        except FewstepError as error:
+            raise FewstepError(f"{training.stage}, {training.name}: {error}") from None
+        flops = update_flops(training)
+        samples = settings.updates * settings.global_batch_size
+        memory = memory_of(training, settings, self.shape, num_workers=self.num_workers)
+        switches: list[Switches] = []
+        if memory.total > self.gpu.memory_bytes:
+            # With the room that the estimate may be wrong by, if there is a way.
+            for share in (1 - MEMORY_ERROR, 1.0):
+                room = int(share * self.gpu.memory_bytes)
+                switches = switches or what_would_fit(
+                    training, self.shape, num_workers=self.num_workers, memory_bytes=room
+                )
+        exported = export_bytes(training, self.shape)
+        kept = checkpoint_bytes(training) * settings.num_checkpoints_to_keep
+        return Step(
+            stage=training.stage,
+            name=training.name,
+            updates=settings.updates,
+            samples=samples,
+            flops=flops,
+            num_gpus=self.num_workers,
+            gpu_seconds=samples * flops / self._speed(bfloat16=bfloat16),
+            read_bytes=self._read(samples, self.sample_bytes.read(training.reads)),
+            written_bytes=checkpoint_bytes(training) * checkpoints_written(training) + exported,
+            stored_bytes=exported + (kept if settings.keep_checkpoints_when_done else 0),
+            checkpoint_bytes=kept,
+            memory=memory,
+            switches=tuple(switches),
+        )
+
+    def _passes(self, passes: Passes) -> Step:
+        samples = self.num_samples if passes.samples is None else passes.samples
+        flops = sum(forward_pass(network, bfloat16=False).flops * count for network, count in passes.each)
+        encodes = passes.samples is None
+        alone = passes.stage == "teacher"
+        stored = self.sample_bytes.latents_alone if alone else self.sample_bytes.latents
+        return Step(
+            stage=passes.stage,
+            name=passes.name,
+            updates=None,
+            samples=samples,
+            flops=flops,
+            num_gpus=1,
+            gpu_seconds=samples * flops / self._speed(bfloat16=False),
+            read_bytes=samples * self.sample_bytes.picture,
+            written_bytes=samples * stored if encodes else 0,
+            stored_bytes=samples * stored if encodes else 0,
+        )
+
+    def _read(self, samples: int, each: int) -> int:
+        all_bytes = self.num_samples * each
+        cached = all_bytes / self.num_workers <= self.recipe.stream.cache_bytes
+        return min(samples * each, all_bytes) if cached else samples * each
+
+    def _speed(self, *, bfloat16: bool) -> float:
+        return self.mfu * self.gpu.flops_per_second("bfloat16" if bfloat16 else "float32")
+
+
+def update_flops(training: Training) -> float:
+    """Return the FLOPs of one sample in an update: teacher's passes, student's forward and backward pass, and with
+    gradient checkpointing what is computed again."""
+    settings = training.settings
+    bfloat16 = is_bfloat16(settings)
+    trained = training_pass(training.network, bfloat16=bfloat16, checkpointing=settings.gradient_checkpointing).flops
+    if training.adapters is not None:
+        # Frozen weights need no gradient: a third of a pass and its backward pass less. The adapters' own are small.
+        trained -= forward_pass(training.network, bfloat16=bfloat16).flops
+    flops = trained * training.rows
+    if training.teacher is not None:
+        calls = training.teacher_calls * training.teacher_rows
+        flops += calls * forward_pass(training.teacher, bfloat16=bfloat16).flops
+    if training.features is not None:
+        # Of the target; of the output; and back to it, but not to the frozen weights.
+        flops += 3 * forward_pass(training.features, bfloat16=bfloat16).flops
+    return flops

@@ -1,0 +1,211 @@
+"""What a recipe computes, stage by stage and rung by rung: trainings and their network calls, the driver's passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fewstep.distill.jumps import plan_jumps
+from fewstep.distill.settings import LadderKind, student_kind, student_label
+from fewstep.evaluate.classes.compare import table_specs
+from fewstep.evaluate.compare import row_specs
+from fewstep.models.lora import LoraSettings
+from fewstep.plan.network import Network
+from fewstep.plan.shapes import Shape
+from fewstep.recipe import GuidanceStage, ProgressiveStage, Recipe, StageName
+from fewstep.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training and the network calls of its updates.
+
+    Attributes:
+        stage: the stage that it belongs to.
+        name: as its run is called.
+        settings: updates, batch size and the rest.
+        network: what is trained.
+        rows: rows that a sample makes in the trained network: 2 where both branches are trained.
+        teacher: the frozen network that is called; None: there is none.
+        teacher_rows: rows of one call for a sample: 2 under classifier-free guidance.
+        teacher_calls: calls in one update.
+        features: what compares outputs instead of the mean square (error: features): the teacher's encoder.
+        adapters: the adapters that alone are trained; None: the whole network is.
+        reads: "latents", "pictures", or "latents_alone" (without their conditions).
+    """
+
+    stage: StageName
+    name: str
+    settings: TrainSettings
+    network: Network
+    rows: int = 1
+    teacher: Network | None = None
+    teacher_rows: int = 1
+    teacher_calls: int = 0
+    features: Network | None = None
+    adapters: LoraSettings | None = None
+    reads: str = "latents"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes that the driver makes by itself, on one GPU, in float32.
+
+    Attributes:
+        stage: the stage that they belong to.
+        name: what is done, in words.
+        each: (network, passes for a sample).
+        samples: how many samples; None: the training samples.
+    """
+
+    stage: StageName
+    name: str
+    each: tuple[tuple[Network, float], ...]
+    samples: int | None = None
+
+
+Work = Training | Passes
+
+
+def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
+    """Return what the stages of a recipe compute, in order; prepare and register compute nothing of note."""
+    work: list[Work] = []
+    for stage in recipe.stages:
+        if stage == "teacher":
+            work += _teacher(recipe, shape)
+        elif stage == "encode":
+            work += _encode(shape)
+        elif stage == "convert":
+            assert recipe.convert is not None
+            work.append(Training("convert", "convert", recipe.convert.train, Network.of(shape), reads=_reads(shape)))
+        elif stage == "guidance":
+            assert recipe.guidance is not None
+            work.append(_guidance(recipe.guidance, shape))
+        elif stage == "progressive":
+            work += _progressive(recipe, shape)
+        elif stage == "evaluate":
+            work.append(_evaluate(recipe, shape))
+    return work
+
+
+def _reads(shape: Shape) -> str:
+    return "pictures" if shape.vae is None else "latents"
+
+
+def _embedding_dim(settings: GuidanceStage) -> int | None:
+    w_min, w_max = settings.weights
+    return None if w_min == w_max else settings.embedding_dim
+
+
+def _guidance(settings: GuidanceStage, shape: Shape) -> Training:
+    network = Network.of(shape)
+    return Training(
+        "guidance",
+        "stage one",
+        settings.train,
+        network.with_weight(_embedding_dim(settings)),
+        teacher=network,
+        teacher_rows=2,
+        teacher_calls=1,
+        features=Network.of(shape, "encoder") if settings.error == "features" else None,
+        adapters=settings.lora,
+        reads=_reads(shape),
+    )
+
+
+def _progressive(recipe: Recipe, shape: Shape) -> Iterator[Training]:
+    settings, guidance = recipe.progressive, recipe.guidance
+    assert settings is not None
+    assert guidance is not None
+    of_stage_one = Network.of(shape, embedding_dim=_embedding_dim(guidance))
+    for ladder in settings.kinds:
+        for w in settings.single_w if ladder == "single_w" else (None,):
+            # These ladders begin with the guided pair; naive students stay a pair, those of a single w do not.
+            network = Network.of(shape) if ladder in ("naive", "single_w") else of_stage_one
+            for steps in settings.ladder:
+                taught_by, _ = settings.teacher_of(steps)
+                guided = ladder == "naive" or (ladder == "single_w" and taught_by is None)
+                yield Training(
+                    "progressive",
+                    student_label(ladder, steps, w=w) + (" step" if steps == 1 else " steps"),
+                    settings.rung(steps),
+                    network,
+                    rows=2 if ladder == "naive" else 1,
+                    teacher=network,
+                    teacher_rows=2 if guided else 1,
+                    teacher_calls=_teacher_calls(settings, ladder, steps),
+                    features=Network.of(shape, "encoder") if settings.error == "features" else None,
+                    adapters=settings.lora,
+                    reads=_reads(shape),
+                )
+
+
+def _teacher_calls(settings: ProgressiveStage, ladder: LadderKind, steps: int) -> int:
+    """Return the calls of the teacher in an update: as many as its longest row needs."""
+    jumps = plan_jumps(
+        student_kind(ladder),
+        steps,
+        teacher_steps=settings.teacher_of(steps)[1],
+        start_times=settings.start_times.get(steps) if ladder == "deterministic" else None,
+    )
+    calls = max(jumps.teacher_steps)
+    if settings.trajectory_inputs and ladder == "deterministic":
+        calls += jumps.grid_steps // jumps.stride
+    return calls
+
+
+def _encode(shape: Shape) -> Iterator[Passes]:
+    if shape.vae is None:
+        return
+    # An inpainting model also gets the latents of the picture with its hole.
+    pictures = 2.0 if "masked_latents" in shape.conditions else 1.0
+    each = [(Network.of(shape, "vae_encoder"), pictures)]
+    if shape.text_encoders:
+        each.append((Network.of(shape, "text_encoders"), 1.0))
+    yield Passes("encode", "encode", tuple(each))
+
+
+def _evaluate(recipe: Recipe, shape: Shape) -> Passes:
+    if recipe.evaluate_classes is not None:
+        classes = recipe.evaluate_classes
+        kinds = recipe.progressive.kinds if recipe.progressive is not None else ()
+        table = table_specs(
+            reference_steps=classes.reference_steps,
+            weights=classes.weights,
+            steps=classes.steps,
+            single_w=(),
+            stochastic="stochastic" in kinds,
+        )
+        samples, rows = classes.num_pictures, len(table)
+        calls = sum(row.num_inference_steps * (1 if _is_student(row.method) or row.w == 0 else 2) for row in table)
+    else:
+        specs = row_specs(recipe.evaluate)
+        samples, rows = recipe.evaluate.num_prompts, len(specs)
+        calls = sum(row.num_inference_steps * (1 if _is_student(row.method) else 2) for row in specs)
+    each = [(Network.of(shape), float(calls))]
+    if shape.vae is not None:
+        each.append((Network.of(shape, "vae_decoder"), float(rows)))
+    return Passes("evaluate", "evaluate", tuple(each), samples=samples)
+
+
+def _is_student(method: str) -> bool:
+    return method.startswith("student")
+
+
+def _teacher(recipe: Recipe, shape: Shape) -> Iterator[Work]:
+    classes = recipe.train_class_teacher
+    if classes is not None:
+        if classes.autoencoder_train is not None:
+            yield Training(
+                "teacher", "autoencoder", classes.autoencoder_train, Network.of(shape, "autoencoder"), reads="pictures"
+            )
+        yield Training("teacher", "teacher", classes.train, Network.of(shape), reads=_reads(shape))
+        return
+    settings = recipe.train_teacher
+    assert settings is not None
+    if settings.autoencoder_train is not None:
+        yield Training(
+            "teacher", "autoencoder", settings.autoencoder_train, Network.of(shape, "autoencoder"), reads="pictures"
+        )
+    yield Passes("teacher", "encode for the teacher", ((Network.of(shape, "vae_encoder"), 1.0),))
+    yield Training("teacher", "teacher", settings.train, Network.of(shape, "denoiser_and_text"), reads="latents_alone")

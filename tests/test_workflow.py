@@ -67,7 +67,7 @@ def _rungs(recipe: Recipe) -> dict[int, str]:
     assert recipe.progressive is not None
     prints = {0: guidance_fingerprint(recipe, teacher_digest="t", latents_digest="l")}
     for steps in recipe.progressive.ladder:
-        prints[steps] = rung_fingerprint(recipe, steps, before=list(prints.values())[-1])
+        prints[steps] = rung_fingerprint(recipe, "deterministic", steps, before=list(prints.values())[-1])
     return prints
 
 

@@ -33,10 +33,10 @@ def run_mixture(settings: MixtureSettings | None = None, *, say: Callable[[str],
     by its budget), round_trip (there and back, with the encoder students and with DDIM).
 
     A row's sliced_wasserstein is the mean over classes of the distance to what the exact flow makes of the same noise
-    (for the stochastic sampler: to what it makes with exact jumps and the same draws); own_class the mean probability of
-    the asked class; spread the root mean square distance from the class's mean; to_exact and to_teacher root mean square
-    distances of end points begun at the same noise; precision and recall (3 nearest neighbours) are against data of the
-    class, whatever w.
+    (for the stochastic sampler: to what it makes with exact jumps and the same draws); own_class the mean probability
+    of the asked class; spread the root mean square distance from the class's mean; to_exact and to_teacher root mean
+    square distances of end points begun at the same noise; precision and recall (3 nearest neighbours) are against
+    data of the class, whatever w.
 
     Args:
         settings: None: the defaults.

@@ -29,7 +29,8 @@ def run_options(
     Every row has the paired mean squared error of its latents to the teacher's (same prompt and noise), KID and the
     Fréchet distance to held-out real pictures in the features of `evaluate.features`, each with a 95 % interval over
     prompts; and the differences of the first two to the baseline's, drawn together. An option "does something" in a
-    figure if that interval leaves out 0 and the difference is larger than the one that another seed makes.
+    figure if that interval leaves out 0, and the difference is larger than any in the interval of what another seed
+    makes: the first is chance in the prompts alone, the second chance in the training too.
 
     Args:
         settings: of the experiment.
@@ -138,7 +139,7 @@ def _verdict(row: dict[str, Any], other_seed: dict[str, Any] | None) -> str:
     found = []
     for name, label in (("paired_mse", "paired MSE"), ("kid", "KID")):
         difference, (low, high) = row[f"{name}_difference"], row[f"{name}_difference_ci"]
-        chance = 0.0 if other_seed is None else abs(other_seed[f"{name}_difference"])
+        chance = 0.0 if other_seed is None else max(abs(end) for end in other_seed[f"{name}_difference_ci"])
         if (low > 0 or high < 0) and abs(difference) > chance:
             found.append(f"{'better' if difference < 0 else 'worse'} in {label}")
     return f"does something: {', '.join(found)}" if found else "does nothing measurable here"
@@ -183,6 +184,8 @@ def _with_interval(row: Mapping[str, Any], name: str, *, digits: int = 4, sign: 
 
 
 @click.command()
+@click.option("--student", help="MODEL that teaches the rung.  [default: asset:emoji-student-4]")
+@click.option("--steps", "num_inference_steps", type=int, help="Steps of the rung.  [default: 2]")
 @click.option("--updates", type=int, help="Updates of each training.  [default: 200]")
 @click.option("--variant", "variants", multiple=True, help="A row, once for each; the baseline must be one of them.")
 @click.option("--seed", type=int, help="Seed of everything.  [default: 0]")

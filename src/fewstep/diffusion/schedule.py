@@ -127,14 +127,16 @@ class DiscreteSchedule(NoiseSchedule):
             )
         settings = {key: config[key] for key in BETA_KEYS if config.get(key) is not None}
         # Building diffusers' own scheduler keeps every named beta schedule and the rescaling exactly as it has them.
+        # On the CPU also where networks are being made on another device, or on none.
         try:
-            alphas_cumprod = DDIMScheduler(**settings).alphas_cumprod.double()
+            with torch.device("cpu"):
+                alphas_cumprod = DDIMScheduler(**settings).alphas_cumprod.double()
+                squares = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])
         except NotImplementedError as error:
             raise ModelError(
                 f"beta_schedule={config.get('beta_schedule')!r} is none that diffusers' DDIMScheduler knows: "
                 "linear, scaled_linear and squaredcos_cap_v2; give the betas themselves as trained_betas"
             ) from error
-        squares = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])
         return cls(alphas=squares.sqrt(), sigmas=(1 - squares).clamp_min(0).sqrt())
 
     @property

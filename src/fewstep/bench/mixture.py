@@ -186,7 +186,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="A short form of about 20 seconds.")
+@click.option("--quick", is_flag=True, help="A short form of half a minute.")
 @click.option("--schedule", type=click.Choice(["cosine", "stable_diffusion"]), default="cosine", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON and nothing else.")

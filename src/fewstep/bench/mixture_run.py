@@ -66,7 +66,7 @@ class MixtureSettings(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything")
 
 
-#: Short forms for tests and a first look: about 20 s of one core.
+#: A short form for tests and a first look: half a minute of one core.
 QUICK: dict[str, Any] = {
     "ladder": (16, 4, 2, 1),
     "naive": (4, 2, 1),

@@ -11,6 +11,7 @@ these. Name the class; the parts that are not diffusers' own (scheduler, transfo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -24,20 +25,22 @@ from fewstep.errors import SamplingError
 from fewstep.models.embedding import guidance_embedding
 
 
-class _ClassPipeline(DiffusionPipeline):
+class _ClassPipeline(DiffusionPipeline, ABC):
     """From class labels to pictures: all but the network, which each kind calls in its own way."""
 
     @property
+    @abstractmethod
     def _network(self) -> Any:
-        raise NotImplementedError
+        """The denoising network."""
 
     @property
+    @abstractmethod
     def _num_classes(self) -> int:
-        raise NotImplementedError
+        """Number of classes, without the one for no class."""
 
+    @abstractmethod
     def _evaluate(self, z: Tensor, t: Tensor, labels: Tensor, cond: Tensor | None) -> Tensor:
         """Return the network's output of z's shape; t is (B,)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(

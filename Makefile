@@ -49,13 +49,16 @@ demo: install ## Run the main job from end to end on this machine (at most 15 mi
 	$(FEWSTEP) demo
 
 # Two processes of one thread each: one has the tests that share a Ray, the other all that need none.
+WITHOUT_RAY := $(patsubst %,tests/integration/test_%.py,storage_s3 stream_s3 tracking_mlflow)
+WITH_RAY := $(filter-out $(WITHOUT_RAY),$(wildcard tests/integration/test_*.py))
+
 test: lint types contracts ## Run every check and every test that needs no GPU
 	@export OMP_NUM_THREADS=1; mkdir -p runs; \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/integration > runs/test-integration.log 2>&1 & \
-	  others=0; $(BIN)/python -m pytest --ignore=tests/integration || others=$$?; \
-	  integration=0; wait $$! || integration=$$?; \
-	  cat runs/test-integration.log; \
-	  exit $$((others > integration ? others : integration))
+	  $(BIN)/python -m pytest -p no:cacheprovider $(WITH_RAY) > runs/test-ray.log 2>&1 & \
+	  others=0; $(BIN)/python -m pytest $(addprefix --ignore=,$(WITH_RAY)) || others=$$?; \
+	  with_ray=0; wait $$! || with_ray=$$?; \
+	  cat runs/test-ray.log; \
+	  exit $$((others > with_ray ? others : with_ray))
 
 lint: install-dev ## Check style and format (ruff)
 	$(BIN)/ruff check src tests

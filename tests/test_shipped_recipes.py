@@ -32,6 +32,8 @@ from fewstep.models import (
     read_student_info,
     sample_student,
 )
+from fewstep.models.editing import LoadedModel
+from fewstep.models.translation import encode
 from fewstep.plan import Shape
 from fewstep.plan.teacher import find_shape
 from fewstep.recipe import Recipe, load_recipe
@@ -260,8 +262,9 @@ def test_recipe_trains_with_a_tiny_teacher_of_its_shape(file: Path, tmp_path: Pa
         objective = partial(convert_objective, recipe.convert, source)
         export = partial(export_converted, recipe.convert, source)
         teacher = train("convert", recipe.convert.train, objective, export, batches, tmp_path / "convert")
-    # The last rungs of every shipped recipe want a v teacher.
-    assert json.loads((teacher / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    # The last rungs of every shipped recipe want a v teacher; controls show what comes of another.
+    wanted = "epsilon" if recipe.name.endswith("-control") else "v_prediction"
+    assert json.loads((teacher / "scheduler/scheduler_config.json").read_text())["prediction_type"] == wanted
 
     source = source_of(teacher)
     info = student_info(recipe, teacher, stage="guidance")
@@ -308,14 +311,19 @@ def student_info(recipe: Recipe, teacher: Path, **more: Any) -> StudentInfo:
 
 
 def check_student(folder: Path, data: dict[str, Any], *, w: float) -> None:
-    """Hold that a student can be read again and draws."""
+    """Hold that a student can be read again and draws, or encodes."""
     parts, info = load_model(folder), read_student_info(folder)
     assert info is not None
     model = parts.denoiser()
     condition = model.condition_of(data)
     noise = initial_noise(range(ROWS), parts.sample_shape)
     with torch.no_grad():
-        z: Tensor = sample_student(model, info, noise, condition, w=w, clip_sample=not parts.stores_latents)
+        z: Tensor
+        if info.kind == "encoder":
+            loaded = LoadedModel(parts, info)
+            z = encode(loaded, torch.zeros(ROWS, 3, *loaded.size, dtype=torch.uint8), condition, w=w)
+        else:
+            z = sample_student(model, info, noise, condition, w=w, clip_sample=not parts.stores_latents)
     assert z.shape == noise.shape
     assert torch.isfinite(z).all()
 

@@ -78,6 +78,14 @@ class TeacherStage(_Settings):
     add_pooled_text: bool = Field(
         False, description="with init: let the pooled prompt reach the time embedding too, if the model's does not yet"
     )
+    prediction_type: PredictionType | None = Field(
+        None,
+        description="with init: what the model is to output from now on, epsilon, v_prediction or sample; null: what "
+        "it does",
+    )
+    rescale_betas_zero_snr: bool | None = Field(
+        None, description="with init: rescale its noise schedule to zero terminal SNR, or no longer; null: as it is"
+    )
     autoencoder: AutoencoderArchitecture = Field(
         default_factory=AutoencoderArchitecture, description="sizes of the VAE"
     )
@@ -102,6 +110,12 @@ class TeacherStage(_Settings):
                 "inpainting changes the model named by init, and there is none: train a text-to-image teacher first "
                 "and name it there (asset:emoji-teacher is one)"
             )
+        for name in ("prediction_type", "rescale_betas_zero_snr"):
+            if getattr(self, name) is not None and self.init is None:
+                raise ValueError(
+                    f"{name} changes the model named by init, and there is none; a teacher from nothing outputs v and "
+                    "has zero terminal SNR"
+                )
         if self.add_pooled_text and self.init is None:
             raise ValueError(
                 "add_pooled_text changes the model named by init, and there is none; a network from nothing takes "

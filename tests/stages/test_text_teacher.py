@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from fewstep.data.shards import write_shards
-from fewstep.errors import RecipeError
+from fewstep.errors import ModelError, RecipeError
 from fewstep.models import InpaintingParts, SDXLParts, load_model
 from fewstep.recipe import TeacherStage, parse_recipe
 from fewstep.stages import autoencoder, teacher
@@ -117,9 +117,23 @@ def test_only_stable_diffusions_kind_becomes_an_inpainting_model(run: Callable[.
         run(init=str(tmp_path / "sdxl"), inpainting=True)
 
 
+def test_a_model_learns_to_output_something_else(run: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_teacher(rescale_betas_zero_snr=True).save(tmp_path / "text")
+    begin, parts, _ = run(init=str(tmp_path / "text"), prediction_type="epsilon", rescale_betas_zero_snr=False)
+    assert begin.prediction_type == parts.prediction_type == "epsilon"
+    assert parts.schedule.last_alpha > 0
+    assert _changed(begin, parts, "unet")
+    with pytest.raises(ModelError, match="epsilon cannot be used with rescale_betas_zero_snr"):
+        run(init=str(tmp_path / "text"), prediction_type="epsilon")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"prediction_type": "epsilon", "autoencoder_train": TRAIN},
+            "prediction_type changes the model named by init, and there is none; a teacher from nothing outputs v",
+        ),
         ({"inpainting": True, "autoencoder_train": TRAIN}, "inpainting changes the model named by init, and there is"),
         ({"init": "x", "network": {"second_text_width": 32}}, "second_text_width=32 is for family: sdxl"),
     ],

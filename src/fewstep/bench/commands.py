@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from fewstep.bench.options import options
+from fewstep.bench.translation import translation
 from fewstep.errors import FewstepError
 from fewstep.plain_errors import plain_errors
 
@@ -25,6 +26,7 @@ def bench() -> None:
 
 
 bench.add_command(options)
+bench.add_command(translation)
 
 
 def _speed_options(command: Callable[..., Any]) -> Callable[..., Any]:

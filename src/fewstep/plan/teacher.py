@@ -108,7 +108,13 @@ def _grown(shape: Shape, settings: TeacherStage) -> Shape:
     if settings.add_pooled_text and unet.get("addition_embed_type") is None:
         heads = settings.network.num_attention_heads
         unet |= {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
-    return Shape(name=shape.name, about=shape.about, components={**shape.components, "unet": unet})
+    scheduler = dict(shape.components["scheduler"])
+    for name in ("prediction_type", "rescale_betas_zero_snr"):
+        if getattr(settings, name) is not None:
+            scheduler[name] = getattr(settings, name)
+    return Shape(
+        name=shape.name, about=shape.about, components={**shape.components, "unet": unet, "scheduler": scheduler}
+    )
 
 
 def _latent_size(vae: AutoencoderArchitecture) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.diffusion import NoiseSchedule
+from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import DenoisingObjective
 from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
 from fewstep.errors import RecipeError
@@ -72,16 +73,30 @@ def converted_config(settings: ConvertStage, parts: Parts) -> dict[str, Any]:
         RecipeError: nothing would change.
         ModelError: eps-prediction with zero terminal SNR.
     """
-    config = {**parts.scheduler_config, "prediction_type": settings.prediction_type}
-    if settings.rescale_betas_zero_snr is not None:
-        config["rescale_betas_zero_snr"] = settings.rescale_betas_zero_snr
+    config = changed_config(parts, settings.prediction_type, rescale_betas_zero_snr=settings.rescale_betas_zero_snr)
     schedule = NoiseSchedule.from_scheduler_config(config)
     if settings.prediction_type == parts.prediction_type and schedule.same_as(parts.schedule):
         raise RecipeError(
             f"convert.prediction_type={settings.prediction_type} is what the teacher outputs already, and its noise "
             "schedule stays as it is: leave convert out of the stages"
         )
-    refuse_epsilon_at_zero_snr(schedule, settings.prediction_type)
+    return config
+
+
+def changed_config(
+    parts: Parts, prediction_type: PredictionType | None, *, rescale_betas_zero_snr: bool | None
+) -> dict[str, Any]:
+    """Return the scheduler configuration of a model that learns to output something else; None: what it does now.
+
+    Raises:
+        ModelError: eps-prediction with zero terminal SNR.
+    """
+    config = dict(parts.scheduler_config)
+    if prediction_type is not None:
+        config["prediction_type"] = prediction_type
+    if rescale_betas_zero_snr is not None:
+        config["rescale_betas_zero_snr"] = rescale_betas_zero_snr
+    refuse_epsilon_at_zero_snr(NoiseSchedule.from_scheduler_config(config), config["prediction_type"])
     return config
 
 

@@ -41,6 +41,7 @@ from fewstep.stages.autoencoder import (
 from fewstep.stages.batches import latent_batches, picture_batches
 from fewstep.stages.class_teacher import class_teacher
 from fewstep.stages.context import StageContext, fingerprint, is_stored, store_once
+from fewstep.stages.convert import changed_config
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_shards
 from fewstep.storage import Storage, join
@@ -130,6 +131,8 @@ def _store_init(context: StageContext, settings: TeacherStage, begin: str) -> No
     if settings.add_pooled_text:
         torch.manual_seed(context.recipe.seed)
         parts.unet = add_pooled_text(parts.unet, num_heads=settings.network.num_attention_heads)
+    config = changed_config(parts, settings.prediction_type, rescale_betas_zero_snr=settings.rescale_betas_zero_snr)
+    parts = parts.with_network(parts.network, config)
     with tempfile.TemporaryDirectory() as folder:
         parts.save(folder)
         store_once(Path(folder), begin, context.storage)

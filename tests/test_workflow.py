@@ -13,13 +13,8 @@ import pytest
 
 from fewstep.recipe import Recipe, StageName, parse_recipe
 from fewstep.stages import memory
-from fewstep.stages.context import (
-    fingerprint,
-    guidance_fingerprint,
-    latents_fingerprint,
-    rung_fingerprint,
-    shards_uri,
-)
+from fewstep.stages.context import shards_uri
+from fewstep.stages.fingerprints import fingerprint, guidance_fingerprint, latents_fingerprint, rung_fingerprint
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage
 

@@ -8,195 +8,33 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
-from fewstep.data.masks import MaskSettings
 from fewstep.data.stream import StreamSettings
-from fewstep.diffusion.prediction import PredictionType
-from fewstep.distill.settings import GuidanceSettings, ProgressiveSettings
-from fewstep.distill.weights import LossWeight
 from fewstep.errors import RecipeError
 from fewstep.evaluate.classes.settings import ClassEvaluateSettings
-from fewstep.evaluate.gate import GateSettings
 from fewstep.evaluate.settings import EvaluateSettings
-from fewstep.models import AutoencoderArchitecture, ClassArchitecture, TeacherArchitecture
+from fewstep.stage_settings import (
+    ClassTeacherStage,
+    ConvertStage,
+    DataSettings,
+    EncodeSettings,
+    GuidanceStage,
+    ProgressiveStage,
+    RegisterStage,
+    StageSettings,
+    TeacherStage,
+)
 from fewstep.storage import StorageSettings
 from fewstep.tracking.settings import TrackingSettings
-from fewstep.train.settings import ClusterSettings, TrainSettings
+from fewstep.train.settings import ClusterSettings
 
 StageName = Literal["prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register"]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataSettings(_Settings):
-    """Where the text-image shards lie, when the prepare stage does not make them."""
-
-    train: str | None = Field(None, description="URI of webdataset shards to train on (img2dataset layout)")
-    evaluate: str | None = Field(None, description="URI of held-out shards, for evaluation alone")
-    alignment: str | None = Field(None, description="URI of further shards, to fit the scorer of text alignment with")
-
-
-class EncodeSettings(_Settings):
-    """How pictures and captions become latents and text embeddings."""
-
-    batch_size: int = Field(64, ge=1, description="pictures encoded at once")
-    masks: MaskSettings = Field(
-        default_factory=MaskSettings, description="for inpainting teachers: how the mask of each picture is drawn"
-    )
-
-
-class ConvertStage(_Settings):
-    """Fine-tuning a teacher to another prediction type, before it is distilled."""
-
-    prediction_type: PredictionType = Field(
-        "v_prediction", description="what the teacher shall output: v_prediction, epsilon or sample"
-    )
-    rescale_betas_zero_snr: bool | None = Field(
-        None, description="rescale its noise schedule to zero terminal SNR (true), or not; null: leave it as it is"
-    )
-    train: TrainSettings = Field(description="the fine-tuning")
-    condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows trained without their condition")
-    loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
-
-
-class TeacherStage(_Settings):
-    """Training a teacher from nothing, a VAE and then U-Net and text encoders together; or training a model on."""
-
-    init: str | None = Field(
-        None, description="MODEL to train on; its VAE and tokenizer stay; null begins from nothing"
-    )
-    inpainting: bool = Field(
-        False,
-        description="with init: let the model see a hole and the picture around it (encode.masks says how holes are "
-        "drawn), if it does not yet",
-    )
-    add_pooled_text: bool = Field(
-        False, description="with init: let the pooled prompt reach the time embedding too, if the model's does not yet"
-    )
-    prediction_type: PredictionType | None = Field(
-        None,
-        description="with init: what the model is to output from now on, epsilon, v_prediction or sample; null: what "
-        "it does",
-    )
-    rescale_betas_zero_snr: bool | None = Field(
-        None, description="with init: rescale its noise schedule to zero terminal SNR, or no longer; null: as it is"
-    )
-    autoencoder: AutoencoderArchitecture = Field(
-        default_factory=AutoencoderArchitecture, description="sizes of the VAE"
-    )
-    autoencoder_train: TrainSettings | None = Field(None, description="training of the VAE, unless init is named")
-    kl_weight: float = Field(1e-4, ge=0, description="weight of the VAE's KL term")
-    edge_weight: float = Field(1.0, ge=0, description="weight of the VAE's loss on differences of neighbouring pixels")
-    network: TeacherArchitecture = Field(
-        default_factory=TeacherArchitecture, description="sizes of U-Net and text encoder"
-    )
-    train: TrainSettings = Field(description="training of U-Net and text encoder")
-    condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows trained without their caption")
-    loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
-
-    @model_validator(mode="after")
-    def _check_begin(self) -> TeacherStage:
-        if (self.init is None) == (self.autoencoder_train is None):
-            raise ValueError(
-                "a teacher begins either from a model (init) or from nothing (autoencoder_train): name exactly one"
-            )
-        if self.inpainting and self.init is None:
-            raise ValueError(
-                "inpainting changes the model named by init, and there is none: train a text-to-image teacher first "
-                "and name it there (asset:emoji-teacher is one)"
-            )
-        for name in ("prediction_type", "rescale_betas_zero_snr"):
-            if getattr(self, name) is not None and self.init is None:
-                raise ValueError(
-                    f"{name} changes the model named by init, and there is none; a teacher from nothing outputs v and "
-                    "has zero terminal SNR"
-                )
-        if self.add_pooled_text and self.init is None:
-            raise ValueError(
-                "add_pooled_text changes the model named by init, and there is none; a network from nothing takes "
-                "network.pooled_text"
-            )
-        return self
-
-
-class ClassTeacherStage(_Settings):
-    """Training a class-conditional teacher from nothing: in pixels, or after a VAE in latents."""
-
-    network: ClassArchitecture = Field(default_factory=ClassArchitecture, description="sizes of the U-Net")
-    autoencoder: AutoencoderArchitecture | None = Field(
-        None, description="sizes of the VAE of a teacher in latents; null: a teacher in pixels"
-    )
-    autoencoder_train: TrainSettings | None = Field(None, description="training of the VAE")
-    kl_weight: float = Field(1e-4, ge=0, description="weight of the VAE's KL term")
-    edge_weight: float = Field(1.0, ge=0, description="weight of the VAE's loss on differences of neighbouring pixels")
-    train: TrainSettings = Field(description="training of the U-Net")
-    condition_dropout: float = Field(0.1, gt=0, lt=1, description="share of rows trained without their class")
-    loss_weight: LossWeight = Field("snr_plus_one", description="weight of the denoising loss")
-
-    @model_validator(mode="after")
-    def _check_latents(self) -> ClassTeacherStage:
-        if (self.autoencoder is None) != (self.autoencoder_train is None):
-            raise ValueError(
-                "a teacher in latents needs both autoencoder (its sizes) and autoencoder_train; one in pixels neither"
-            )
-        if self.autoencoder is not None and self.autoencoder.resolution != self.network.resolution:
-            raise ValueError(
-                f"autoencoder.resolution={self.autoencoder.resolution} is not network.resolution="
-                f"{self.network.resolution}: both are the side of the pictures in pixels; give both the same"
-            )
-        return self
-
-
-class GuidanceStage(GuidanceSettings):
-    """Stage one and its training."""
-
-    train: TrainSettings = Field(description="training of stage one")
-    num_validation: int = Field(256, ge=1, description="held-out samples that the relative error is measured on")
-
-
-class ProgressiveStage(ProgressiveSettings):
-    """Stage two and its training."""
-
-    train: TrainSettings = Field(description="training of each rung")
-    updates: dict[int, PositiveInt] = Field(
-        default_factory=dict, description="step count -> updates, where they differ"
-    )
-
-    @model_validator(mode="after")
-    def _check_updates(self) -> ProgressiveStage:
-        strangers = sorted(set(self.updates) - set(self.ladder))
-        if strangers:
-            raise ValueError(
-                f"updates names the step counts {strangers}, which are not in the ladder {list(self.ladder)}"
-            )
-        short = {steps: count for steps, count in self.updates.items() if count < self.train.warmup_updates}
-        if short:
-            raise ValueError(
-                f"updates {short} are fewer than train.warmup_updates={self.train.warmup_updates}: the learning rate "
-                f"would never be reached; set it to at most {min(short.values())}"
-            )
-        return self
-
-    def rung(self, num_inference_steps: int) -> TrainSettings:
-        """Return the training settings of one rung."""
-        updates = self.updates.get(num_inference_steps, self.train.updates)
-        return self.train.model_copy(update={"updates": updates})
-
-
-class RegisterStage(_Settings):
-    """What goes into the model registry."""
-
-    name: str = Field("fewstep", min_length=1, description="registered model; its alias champion is what is served")
-    num_inference_steps: int = Field(4, ge=1, description="the student that goes under this name; others get NAME-N")
-    gate: GateSettings = Field(default_factory=GateSettings, description="what a student must reach to be champion")
-
-
-class Recipe(_Settings):
+class Recipe(StageSettings):
     """A whole workflow."""
 
     name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the workflow")

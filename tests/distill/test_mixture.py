@@ -1,6 +1,6 @@
 """The whole chain in short, on points whose guided distribution is known: one run, and what the paper says of it.
 
-The bounds are wide: the run is a twentieth of `python -m fewstep.bench.mixture`, whose figures docs/method.md has.
+The bounds are wide: the run is a twentieth of `fewstep bench mixture`, whose figures docs/method.md has.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from fewstep.errors import ModelError
 from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, memory, stage_uri
-from fewstep.stages.context import folder_digest
 from fewstep.stages.evaluate import evaluate_models
+from fewstep.stages.fingerprints import folder_digest
 from fewstep.storage import Storage, join
 from fewstep.tracking.registry import Registry
 from fewstep.tracking.settings import TrackingSettings

@@ -26,13 +26,14 @@ from fewstep.models import (
     read_student_info,
     sample_student,
 )
-from fewstep.recipe import ConvertStage, Recipe, parse_recipe
+from fewstep.recipe import Recipe, parse_recipe
+from fewstep.stage_settings import ConvertStage
 from fewstep.stages import Artifact, stage_uri
 from fewstep.stages.batches import SampleFormat, picture_decoder
-from fewstep.stages.context import autoencoder_fingerprint, fingerprint
 from fewstep.stages.convert import _export as _export_converted
 from fewstep.stages.convert import _objective as _convert
 from fewstep.stages.evaluate_classes import _dpm_solver
+from fewstep.stages.fingerprints import autoencoder_fingerprint, fingerprint, folder_digest
 from fewstep.stages.guidance import TeacherSource
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -318,6 +319,38 @@ def test_classes_that_do_not_fit_the_pictures_are_told_before_any_training(
     with pytest.raises(DataError, match="has no classes under these settings: set `classes: true`"):
         run_stage("teacher", parse_recipe(content), workplace, out=tmp_path)
     assert not workplace.storage.exists(join(stage_uri(parse_recipe(content), workplace.storage, "teacher"), "begin"))
+
+
+def test_a_class_teacher_around_the_vae_of_a_model(workplace: Workplace, tmp_path: Path) -> None:
+    taken = tiny_teacher(seed=3)
+    taken.save(tmp_path / "text")
+    content = _content(name="tiny-vae", stages=["prepare", "teacher", "encode"])
+    del content["train_class_teacher"]["autoencoder"], content["train_class_teacher"]["autoencoder_train"]
+    content["train_class_teacher"]["vae"] = str(tmp_path / "text")
+    for key in ("guidance", "progressive", "evaluate_classes"):
+        del content[key]
+    recipe = parse_recipe(content)
+    for stage in recipe.stages[:2]:
+        made = run_stage(stage, recipe, workplace, out=tmp_path)
+    assert "autoencoder" not in made.facts
+    trained = _load(made.models()["teacher"], workplace)
+    assert isinstance(trained, ClassParts)
+    assert trained.vae is not None
+    assert trained.sample_shape == taken.latent_shape
+    for name, weight in taken.vae.state_dict().items():
+        assert torch.equal(trained.vae.state_dict()[name], weight)
+    tiny_teacher(seed=4).save(tmp_path / "text")
+    folder_digest.cache_clear()
+    assert fingerprint(recipe, "teacher") != made.fingerprint, "another model under the same name"
+
+    content["train_class_teacher"]["network"]["resolution"] = 32
+    content["prepare"]["resolution"] = 32
+    run_stage("prepare", parse_recipe(content), workplace, out=tmp_path)
+    with pytest.raises(RecipeError, match=r"3 channels of 32 px, and the autoencoder of vae=.* is for 3 of 16: set"):
+        run_stage("teacher", parse_recipe(content), workplace, out=tmp_path)
+    content["train_class_teacher"]["autoencoder_train"] = TRAIN
+    with pytest.raises(RecipeError, match="leave out autoencoder and autoencoder_train, or vae"):
+        parse_recipe(content)
 
 
 def test_sizes_that_do_not_fit_are_told_by_the_recipe() -> None:

@@ -12,7 +12,7 @@ import torch
 from fewstep.diffusion import RowRandom, ddim
 from fewstep.errors import ModelError, RecipeError
 from fewstep.models import initial_noise, load_parts
-from fewstep.recipe import ConvertStage
+from fewstep.stage_settings import ConvertStage
 from fewstep.stages.convert import _export, _objective, converted_config
 from fewstep.stages.guidance import TeacherSource
 from fewstep.storage import Storage

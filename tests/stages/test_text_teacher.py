@@ -12,9 +12,10 @@ from diffusers import StableDiffusionXLPipeline
 
 from fewstep.data.shards import write_shards
 from fewstep.errors import ModelError, RecipeError
-from fewstep.models import InpaintingParts, SDXLParts, load_model
-from fewstep.recipe import TeacherStage, parse_recipe
-from fewstep.stages import autoencoder, teacher
+from fewstep.models import COSINE_CONFIG, ClassArchitecture, ClassParts, InpaintingParts, SDXLParts, load_model
+from fewstep.recipe import parse_recipe
+from fewstep.stage_settings import TeacherStage
+from fewstep.stages import teacher, training
 from fewstep.stages.context import StageContext
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -49,7 +50,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         storage.upload_folder(Path(result.export_uri), join(uri, "export"))
         return TrainResult(**{**result.to_json(), "export_uri": join(uri, "export")})
 
-    monkeypatch.setattr(autoencoder, "run_training", run_training)
+    monkeypatch.setattr(training, "run_training", run_training)
 
 
 @pytest.fixture
@@ -102,6 +103,29 @@ def test_a_teacher_of_stable_diffusion_xls_shape_from_nothing(run: Callable[...,
     assert pipe("a red apple", num_inference_steps=2, guidance_scale=3.0).images[0].size == (16, 16)
 
 
+def test_fresh_networks_around_the_vae_of_a_model(run: Callable[..., Any], tmp_path: Path) -> None:
+    taken = tiny_teacher(seed=3)
+    taken.save(tmp_path / "text")
+    network = {"block_out_channels": [16, 32], "num_attention_heads": 2, "norm_num_groups": 4}
+    network |= {"text_width": 16, "text_layers": 1, "text_heads": 2, "vocabulary_size": 600, "max_prompt_tokens": 16}
+    begin, parts, _ = run(vae=str(tmp_path / "text"), network=network)
+    for name, weight in taken.vae.state_dict().items():
+        assert torch.equal(parts.vae.state_dict()[name], weight)
+    assert parts.vae.config["scaling_factor"] == taken.vae.config["scaling_factor"]
+    assert (parts.resolution, parts.latent_shape) == (taken.resolution, taken.latent_shape)
+    assert not torch.equal(begin.unet.conv_in.weight, taken.unet.conv_in.weight), "the networks are fresh"
+    assert _changed(begin, parts, "unet")
+
+
+def test_a_model_in_pixels_has_no_vae(run: Callable[..., Any], tmp_path: Path) -> None:
+    unet = ClassArchitecture(
+        num_classes=3, resolution=8, block_out_channels=(8, 16), attention_head_dim=8, norm_num_groups=4
+    ).build_unet(in_channels=3, sample_size=8)
+    ClassParts(unet=unet, scheduler_config=dict(COSINE_CONFIG)).save(tmp_path / "pixels")
+    with pytest.raises(RecipeError, match=r"vae=.*works in pixels and has no autoencoder: name a model in latents"):
+        run(vae=str(tmp_path / "pixels"))
+
+
 def test_an_inpainting_teacher_is_made_of_a_text_model(run: Callable[..., Any], tmp_path: Path) -> None:
     tiny_teacher().save(tmp_path / "text")
     begin, parts, _ = run(init=str(tmp_path / "text"), inpainting=True)
@@ -130,6 +154,9 @@ def test_a_model_learns_to_output_something_else(run: Callable[..., Any], tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({}, r"begins from a model \(init\), or .* \(vae\) or .* \(autoencoder_train\): name exactly one"),
+        ({"vae": "x", "init": "x"}, "name exactly one"),
+        ({"vae": "x", "autoencoder": {}}, "vae names the autoencoder of a model, .*leave out autoencoder"),
         (
             {"prediction_type": "epsilon", "autoencoder_train": TRAIN},
             "prediction_type changes the model named by init, and there is none; a teacher from nothing outputs v",

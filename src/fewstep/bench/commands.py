@@ -22,7 +22,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 @click.group()
 def bench() -> None:
-    """Measure training and sampling on this machine, against the bare network calls and the device's own speed."""
+    """Measure training and sampling on this machine, and repeat experiments whose figures the docs have."""
 
 
 bench.add_command(options)
@@ -160,6 +160,25 @@ def table(results: tuple[Path, ...], into: Path) -> None:
 
     write_benchmarks_table([read_result(file) for file in results], into)
     click.echo(str(into))
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="A short form of half a minute.")
+@click.option("--schedule", type=click.Choice(["cosine", "stable_diffusion"]), default="cosine", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything.")
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON and nothing else.")
+@plain_errors
+def mixture(quick: bool, schedule: str, seed: int, as_json: bool) -> None:
+    """Distil a guided teacher of points in a plane, where the truth is known, with every kind of ladder.
+
+    Ten minutes of one core.
+    """
+    from fewstep.bench.mixture import run_mixture, to_markdown
+    from fewstep.bench.mixture_run import QUICK, MixtureSettings
+
+    settings = MixtureSettings.model_validate({**(QUICK if quick else {}), "schedule": schedule, "seed": seed})
+    result = run_mixture(settings, say=lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(result, indent=2) if as_json else to_markdown(result))
 
 
 class _Result(Protocol):

@@ -4,21 +4,19 @@ A small network is trained as a teacher for classifier-free guidance, then disti
 kind. Each student is held against the exact guided flow (1000 steps of the exact denoiser) from the same noise, beside
 DDIM with the teacher at the same number of steps.
 
-`python -m fewstep.bench.mixture --help` runs it alone.
+`fewstep bench mixture` runs it.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
-from fewstep.bench.mixture_run import PRECISION_STEPS, QUICK, Experiment, MixtureSettings, root_mean_square
+from fewstep.bench.mixture_run import PRECISION_STEPS, Experiment, MixtureSettings, root_mean_square
 from fewstep.bench.plane import NUM_CLASSES, PlaneNetwork, plane_denoiser
 from fewstep.diffusion import ddim, ddim_encode
 from fewstep.distill import DenoisingObjective, GuidanceObjective, guided_relative_error
@@ -183,19 +181,3 @@ def to_markdown(result: dict[str, Any]) -> str:
             more = [f", {n} steps: {row['sliced_wasserstein']:.3f}" for n, row in found.items() if n not in steps]
             lines.append(f"| {method}{''.join(more)} | {w:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="A short form of half a minute.")
-@click.option("--schedule", type=click.Choice(["cosine", "stable_diffusion"]), default="cosine", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything.")
-@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON and nothing else.")
-def main(quick: bool, schedule: str, seed: int, as_json: bool) -> None:
-    """Distil a guided teacher of points in a plane, where the truth is known, with every kind of ladder."""
-    settings = MixtureSettings.model_validate({**(QUICK if quick else {}), "schedule": schedule, "seed": seed})
-    result = run_mixture(settings, say=lambda line: click.echo(line, err=True))
-    click.echo(json.dumps(result, indent=2) if as_json else to_markdown(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ from fewstep.bench.settings import Stage
 from fewstep.data.stream import BatchSource
 from fewstep.errors import RecipeError
 from fewstep.models import SCHEDULER_CONFIG, TextToImageParts, load_parts
+from fewstep.plan.teacher import find_shape
 from fewstep.recipe import Recipe
 from fewstep.stages import find_artifact
 from fewstep.stages.batches import latent_batches
@@ -89,13 +90,15 @@ def recipe_train_workload(recipe: Recipe, stage: Stage, storage: Storage) -> Tra
         network = f"U-Net of {recipe.teacher or 'the recipe’s teacher stage'}"
         build = partial(_to_device, parts.unet)
     else:
-        stage_settings = recipe.train_teacher
-        assert stage_settings is not None  # the recipe checks it: a teacher is named or trained
-        vae, architecture = stage_settings.autoencoder, stage_settings.network
-        size = vae.resolution // 2 ** (len(vae.block_out_channels) - 1)
-        latent_shape, tokens = (vae.latent_channels, size, size), architecture.max_prompt_tokens
-        unet = architecture.build_unet(latent_channels=vae.latent_channels, latent_size=size)
-        unet_config, scheduler_config = dict(unet.config), dict(SCHEDULER_CONFIG)
+        shape = find_shape(recipe)
+        if set(shape.conditions) != {"text"} or shape.attended is None:
+            raise RecipeError(
+                f"the teacher of recipe {recipe.name} is told {', '.join(shape.conditions)}, and its teacher stage has "
+                "not run: run it first, or bench a recipe of a text-to-image teacher"
+            )
+        latent_shape, tokens = shape.sample_shape, shape.attended[0]
+        unet_config, scheduler_config = dict(shape.network), {**SCHEDULER_CONFIG, **shape.components["scheduler"]}
+        unet = UNet2DConditionModel.from_config(unet_config)
         network = "U-Net of the recipe’s teacher stage, which has not run: random weights"
         build = partial(_to_device, unet)
     encoded = find_artifact(recipe, storage, "encode")

@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.prediction import PredictionType, ddim_step, from_velocity
+from fewstep.diffusion.prediction import PredictionType, ddim_step
 from fewstep.diffusion.random import RowRandom
-from fewstep.distill.clean import draw_clean
-from fewstep.distill.errors import ErrorName, StepErrorName, as_large_as, row_error
+from fewstep.distill.errors import StepErrorName
 from fewstep.distill.features import TeacherFeatures
-from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
 from fewstep.distill.jumps import follow, plan_jumps
 from fewstep.distill.objective import Batch
+from fewstep.distill.rung import Rung
 from fewstep.distill.targets import step_target
-from fewstep.distill.weights import LossWeight, output_weight
+from fewstep.distill.weights import LossWeight
 from fewstep.errors import ModelError, RecipeError
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.student import StudentKind, copy_unet
 
 
-class ProgressiveObjective:
+class ProgressiveObjective(Rung):
     """One rung of the ladder: each jump of the student imitates several smaller ones of its teacher.
 
     For a deterministic student of N steps from a teacher of 2N: i uniform in 1 … N; t = i/N, m = (i − 0.5)/N,
@@ -72,9 +71,8 @@ class ProgressiveObjective:
         guided_teacher: bool = False,
         student: nn.Module | None = None,
     ) -> None:
-        self.prediction_type: PredictionType = prediction_type or teacher.prediction_type
-        for each in (teacher.prediction_type, self.prediction_type):
-            refuse_epsilon_at_zero_snr(teacher.schedule, each)
+        outputs: PredictionType = prediction_type or teacher.prediction_type
+        for each in (teacher.prediction_type, outputs):
             if kind == "encoder" and each != "v_prediction":
                 raise ModelError(
                     f"prediction_type={each} cannot be used for an encoder: near the clean picture an error of x̂ or "
@@ -87,64 +85,50 @@ class ProgressiveObjective:
                 f"denoising_weight={denoising_weight:g} cannot be used with trajectory_inputs: a state of the "
                 "teacher's own sampler comes from no picture of the data that could be its target. Leave out one"
             )
-        self.of_teacher = teacher
-        self.teacher: nn.Module = teacher.network.requires_grad_(False).eval()
-        self.network: nn.Module = copy_unet(teacher.network) if student is None else student
-        self.of_student = teacher.with_network(self.network, prediction_type=self.prediction_type)
-        self.frozen = [self.teacher]
+        super().__init__(
+            teacher,
+            copy_unet(teacher.network) if student is None else student,
+            prediction_type=outputs,
+            jumps=plan_jumps(
+                kind,
+                num_inference_steps,
+                teacher_steps=teacher_steps or 2 * num_inference_steps,
+                start_times=start_times,
+            ),
+            w_min=w_min,
+            w_max=w_max,
+            loss_weight=loss_weight,
+            error="mse" if error == "features" else error,
+            denoising_weight=denoising_weight,
+        )
         self.num_inference_steps = num_inference_steps
-        self.w_min, self.w_max = w_min, w_max
-        self.loss_weight: LossWeight = loss_weight
-        self.error: ErrorName = "mse" if error == "features" else error
         self.features = TeacherFeatures(teacher) if error == "features" else None
         self.feature_weight = feature_weight
         self.pure_noise_at_end = pure_noise_at_end
         self.trajectory_inputs = trajectory_inputs
-        self.denoising_weight = denoising_weight
         self.guided_teacher = guided_teacher
-        self.jumps = plan_jumps(
-            kind,
-            num_inference_steps,
-            teacher_steps=teacher_steps or 2 * num_inference_steps,
-            start_times=start_times,
-        )
-        self._times = teacher.schedule.times(self.jumps.grid_steps)
 
     def loss(self, network: nn.Module, batch: Batch, random: RowRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss over clean samples (see `draw_clean`) and the teacher's condition, B rows each."""
-        teacher, schedule = self.of_teacher, self.of_teacher.schedule
-        x = draw_clean(batch, random)
-        condition = teacher.condition_of(batch)
-        eps = random.normal(*x.shape[1:])
-        start, end = self.jumps.draw(random.integers(0, len(self.jumps.starts)))
+        drawn = self._draw(batch, random)
+        condition, start, end = drawn.condition, drawn.start, drawn.end
         w = random.uniform(self.w_min, self.w_max)
-        times = self._times = self._times.to(x.device)
-        time = times[start]
-        at_start, at_end = (schedule.alpha_sigma(u, ndim=x.ndim) for u in (time, times[end]))
-        z = schedule.noise(x, eps, time, pure_noise_at_end=self.pure_noise_at_end)
+        schedule = self.of_teacher.schedule
+        z = schedule.noise(drawn.x, drawn.eps, drawn.time, pure_noise_at_end=self.pure_noise_at_end)
         if self.trajectory_inputs:
             top, down = torch.full_like(start, self.jumps.grid_steps), self.jumps.grid_steps // self.jumps.stride
-            z = self._follow(eps, top, start, condition, w, num_jumps=down, together=False)
+            z = self._follow(drawn.eps, top, start, condition, w, num_jumps=down, together=False)
         each = self.jumps.teacher_steps
         z_end = self._follow(z, start, end, condition, w, num_jumps=max(each), together=len(set(each)) == 1)
-        target = step_target(z, z_end, *at_start, *at_end, self.prediction_type)
-        output = self.of_student.call(network, z, time, condition, w)
-        weight = output_weight(self.loss_weight, *at_start, self.prediction_type).flatten()
-        each_row = weight * row_error(output, target, self.error)
-        squared = (output - target).detach().square().mean()
-        figures = {"output_mse": squared, "relative_error": (squared / target.square().mean()).sqrt()}
+        target = step_target(z, z_end, *drawn.at_start, *drawn.at_end, self.prediction_type)
+        output = self.of_student.call(network, z, drawn.time, condition, w)
+        each_row, figures = self._compare(output, target, drawn)
         if self.features is not None:
-            reached = ddim_step(output, z, *at_start, *at_end, self.prediction_type)
-            distance = self.features.distance(reached, z_end, times[end], condition, w)
+            reached = ddim_step(output, z, *drawn.at_start, *drawn.at_end, self.prediction_type)
+            distance = self.features.distance(reached, z_end, self._times[end], condition, w)
             figures["feature_distance"] = distance.detach().mean()
             each_row = each_row + self.feature_weight * distance
-        if self.denoising_weight:
-            alpha, sigma = at_start
-            data = from_velocity(alpha * eps - sigma * x, z, alpha, sigma, self.prediction_type)
-            denoising = weight * row_error(output, data, self.error)
-            figures["denoising_loss"] = denoising.detach().mean()
-            each_row = each_row + self.denoising_weight * as_large_as(denoising, each_row)
-        return each_row.mean(), figures
+        return self._add_denoising(each_row, output, z, drawn, figures).mean(), figures
 
     def _follow(
         self, z: Tensor, start: Tensor, end: Tensor, condition: Condition, w: Tensor, *, num_jumps: int, together: bool

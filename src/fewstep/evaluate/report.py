@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from fewstep.errors import DataError
 from fewstep.evaluate.baselines import RowSpec
 from fewstep.evaluate.compare import Comparison
+from fewstep.evaluate.files import read_json_report, replace_text
 from fewstep.evaluate.grid import draw_grid
 from fewstep.evaluate.page import render_page
 from fewstep.evaluate.schema import Report, StageUsage
@@ -47,9 +45,9 @@ def write_report(
     evaluations = {RowSpec(row.method, row.num_inference_steps): row.network_evaluations for row in report.results}
     sheet = draw_grid(comparison.grid, comparison.prompts, evaluations=evaluations, given=comparison.given)
     sheet.save(files.samples, format="PNG", optimize=True)
-    _replace(files.html, render_page(report, sheet, title=title))
+    replace_text(files.html, render_page(report, sheet, title=title))
     # The JSON is last: who finds it finds the rest.
-    _replace(files.json, report.model_dump_json(indent=2) + "\n")
+    replace_text(files.json, report.model_dump_json(indent=2) + "\n")
     return files
 
 
@@ -59,18 +57,4 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     Raises:
         DataError: the file is missing, or is no report of this version.
     """
-    try:
-        return Report.model_validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise DataError(f"the report {os.fspath(path)} cannot be read: {error}; run the evaluate stage") from error
-    except ValidationError as error:
-        raise DataError(
-            f"{os.fspath(path)} is no report of this version of fewstep: {error}; run evaluate again"
-        ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    # Written aside and moved: a run that is killed here leaves the old report or the new one, never half of one.
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    return read_json_report(Report, path, what="report", remedy="run the evaluate stage")

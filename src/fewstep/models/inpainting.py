@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep.errors import DataError, ModelError
 from fewstep.models.architecture import unet_like
 from fewstep.models.denoiser import Condition, Denoiser
-from fewstep.models.folder import check_components, choose_attention, load_network, read_scheduler
-from fewstep.models.latent import ClipParts
-from fewstep.models.text_latent import CLIP_COMPONENTS, TextToImageParts
+from fewstep.models.folder import choose_attention
+from fewstep.models.latent import ClipParts, read_clip_components
+from fewstep.models.text_latent import TextToImageParts
 
 
 @dataclass(kw_only=True)
@@ -92,18 +89,7 @@ class InpaintingParts(ClipParts):
 
     def pipeline(self) -> StableDiffusionInpaintPipeline:
         """Return an unmodified StableDiffusionInpaintPipeline over these parts."""
-        # diffusers says that a pipeline has these two; None is how one is made without.
-        no_safety_checker: Any = None
-        return StableDiffusionInpaintPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler_config),
-            safety_checker=no_safety_checker,
-            feature_extractor=no_safety_checker,
-            requires_safety_checker=False,
-        )
+        return self._pipeline(StableDiffusionInpaintPipeline)
 
     def save(self, folder: Path | str) -> None:
         """Write a diffusers folder that StableDiffusionInpaintPipeline.from_pretrained reads."""
@@ -179,14 +165,7 @@ def load_inpainting(folder: Path, *, dtype: torch.dtype) -> InpaintingParts:
     Raises:
         ModelError: a part is missing or of another kind, or U-Net and VAE do not fit together.
     """
-    check_components(folder, CLIP_COMPONENTS, what="An inpainting teacher")
-    parts = InpaintingParts(
-        vae=load_network(AutoencoderKL, folder / "vae", torch_dtype=dtype),
-        text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
-        tokenizer=CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
-        unet=load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        scheduler_config=read_scheduler(folder),
-    )
+    parts = InpaintingParts(**read_clip_components(folder, dtype=dtype, what="An inpainting teacher"))
     _check_channels(parts.unet.config["in_channels"], parts.vae.config["latent_channels"], what=str(folder))
     choose_attention(*parts.latent_shape[1:])
     return parts

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fewstep.models.folder import check_components, load_network, read_scheduler
 from fewstep.models.parts import Parts, pixels_of
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 @dataclass(kw_only=True)
@@ -100,9 +106,56 @@ class ClipParts(LatentParts):
         """Return the text embeddings that the U-Net attends to, (B, L, D); "" is the null prompt."""
         return self.text_encoder(self.token_ids(prompts).to(self.text_encoder.device)).last_hidden_state
 
+    def _pipeline(self, kind: type[Pipeline]) -> Pipeline:
+        """Return an unmodified pipeline of diffusers over these parts."""
+        # diffusers says that a pipeline has these two; None is how one is made without.
+        make: Any = kind
+        made: Pipeline = make(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DDIMScheduler.from_config(self.scheduler_config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        return made
+
     def _null_embedding(self) -> Tensor | None:
         """Return the embedding of the empty prompt, (1, L, D); None for a U-Net that takes w: it has one branch."""
         return self.encode_prompts([""]) if self.unet.config["time_cond_proj_dim"] is None else None
+
+
+#: What a folder of the Stable Diffusion kind holds, in words.
+CLIP_COMPONENTS = {
+    "unet": "the denoising network",
+    "vae": "the autoencoder of the latents",
+    "text_encoder": "the text encoder",
+    "tokenizer": "the tokenizer",
+    "scheduler": "the noise schedule",
+}
+
+
+def read_clip_components(folder: Path, *, dtype: torch.dtype, what: str) -> dict[str, Any]:
+    """Return what `ClipParts` are made of, read from a diffusers folder.
+
+    Args:
+        folder: the folder.
+        dtype: of the networks.
+        what: what it is to be, for messages, such as "An inpainting teacher".
+
+    Raises:
+        ModelError: a part is missing or of another kind.
+    """
+    check_components(folder, CLIP_COMPONENTS, what=what)
+    return {
+        "vae": load_network(AutoencoderKL, folder / "vae", torch_dtype=dtype),
+        "text_encoder": load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
+        "tokenizer": CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
+        "unet": load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
+        "scheduler_config": read_scheduler(folder),
+    }
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

@@ -18,8 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fewstep.errors import ModelError
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.folder import check_components, choose_attention, load_network, read_scheduler
-from fewstep.models.latent import LatentParts, tokenize
-from fewstep.models.text_latent import CLIP_COMPONENTS
+from fewstep.models.latent import CLIP_COMPONENTS, LatentParts, tokenize
 
 #: Original size, crop and target size, two numbers each.
 NUM_TIME_IDS = 6

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import ModelError
 from fewstep.models.denoiser import Condition, Denoiser
-from fewstep.models.folder import check_components, choose_attention, load_network, read_scheduler
-from fewstep.models.latent import ClipParts
+from fewstep.models.folder import choose_attention
+from fewstep.models.latent import ClipParts, read_clip_components
 
 
 @dataclass(kw_only=True)
@@ -47,32 +45,11 @@ class TextToImageParts(ClipParts):
 
     def pipeline(self) -> StableDiffusionPipeline:
         """Return an unmodified StableDiffusionPipeline over these parts."""
-        # diffusers says that a pipeline has these two; None is how one is made without.
-        no_safety_checker: Any = None
-        return StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler_config),
-            safety_checker=no_safety_checker,
-            feature_extractor=no_safety_checker,
-            requires_safety_checker=False,
-        )
+        return self._pipeline(StableDiffusionPipeline)
 
     def save(self, folder: Path | str) -> None:
         """Write a diffusers folder that StableDiffusionPipeline.from_pretrained reads."""
         self.pipeline().save_pretrained(str(folder), safe_serialization=True)
-
-
-#: What a folder of the Stable Diffusion kind holds, in words.
-CLIP_COMPONENTS = {
-    "unet": "the denoising network",
-    "vae": "the autoencoder of the latents",
-    "text_encoder": "the text encoder",
-    "tokenizer": "the tokenizer",
-    "scheduler": "the noise schedule",
-}
 
 
 def load_text_latent(folder: Path, *, dtype: torch.dtype) -> TextToImageParts:
@@ -81,14 +58,7 @@ def load_text_latent(folder: Path, *, dtype: torch.dtype) -> TextToImageParts:
     Raises:
         ModelError: a part is missing or of another kind, or U-Net and VAE do not fit together.
     """
-    check_components(folder, CLIP_COMPONENTS, what="A text-to-image teacher")
-    parts = TextToImageParts(
-        vae=load_network(AutoencoderKL, folder / "vae", torch_dtype=dtype),
-        text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
-        tokenizer=CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
-        unet=load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        scheduler_config=read_scheduler(folder),
-    )
+    parts = TextToImageParts(**read_clip_components(folder, dtype=dtype, what="A text-to-image teacher"))
     taken, made = parts.unet.config["in_channels"], parts.vae.config["latent_channels"]
     if taken != made:
         hint = (

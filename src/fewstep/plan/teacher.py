@@ -9,9 +9,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from fewstep.errors import ModelError
-from fewstep.models import AutoencoderArchitecture, TeacherArchitecture
+from fewstep.models import TeacherArchitecture
 from fewstep.plan.shapes import Component, Shape, shape_of_folder, shape_of_teacher, shipped_shapes
-from fewstep.recipe import ClassTeacherStage, Recipe, TeacherStage
+from fewstep.recipe import Recipe
+from fewstep.stage_settings import ClassTeacherStage, TeacherStage
 from fewstep.tracking.fetch import packaged_model
 
 
@@ -72,15 +73,16 @@ def _of_teacher(uri: str) -> Shape:
 
 
 def _of_text_teacher(settings: TeacherStage) -> Shape:
-    network, vae = settings.network, settings.autoencoder
+    network, vae = settings.network, _autoencoder(settings)
+    assert vae is not None
     with torch.device("meta"):
-        unet = network.build_unet(latent_channels=vae.latent_channels, latent_size=_latent_size(vae))
+        unet = network.build_unet(latent_channels=vae["latent_channels"], latent_size=_latent_size(vae))
     return Shape(
         name="train_teacher",
         about="the sizes in train_teacher",
         components={
             "unet": _config_of(unet),
-            "vae": _config_of(vae.build()),
+            "vae": vae,
             "scheduler": {},
             **_text_encoders(network),
         },
@@ -88,15 +90,15 @@ def _of_text_teacher(settings: TeacherStage) -> Shape:
 
 
 def _of_class_teacher(settings: ClassTeacherStage) -> Shape:
-    network, vae = settings.network, settings.autoencoder
+    network, vae = settings.network, _autoencoder(settings)
     with torch.device("meta"):
         if vae is None:
             unet = network.build_unet(in_channels=network.channels, sample_size=network.resolution)
         else:
-            unet = network.build_unet(in_channels=vae.latent_channels, sample_size=_latent_size(vae))
+            unet = network.build_unet(in_channels=vae["latent_channels"], sample_size=_latent_size(vae))
     components: dict[str, Component] = {"unet": _config_of(unet), "scheduler": {}}
     if vae is not None:
-        components["vae"] = _config_of(vae.build())
+        components["vae"] = vae
     return Shape(name="train_class_teacher", about="the sizes in train_class_teacher", components=components)
 
 
@@ -117,8 +119,21 @@ def _grown(shape: Shape, settings: TeacherStage) -> Shape:
     )
 
 
-def _latent_size(vae: AutoencoderArchitecture) -> int:
-    return vae.resolution // 2 ** (len(vae.block_out_channels) - 1)
+def _autoencoder(settings: TeacherStage | ClassTeacherStage) -> Component | None:
+    """Return the configuration of a fresh teacher's VAE; None for one in pixels."""
+    if settings.vae is not None:
+        vae = _of_teacher(settings.vae).vae
+        if vae is None:
+            raise ModelError(f"vae={settings.vae} is a model in pixels, without an autoencoder: name one in latents")
+        return vae
+    if settings.autoencoder is None:
+        return None
+    with torch.device("meta"):
+        return _config_of(settings.autoencoder.build())
+
+
+def _latent_size(vae: Component) -> int:
+    return int(vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _config_of(module: Any) -> Component:

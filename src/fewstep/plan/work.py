@@ -12,7 +12,8 @@ from fewstep.evaluate.compare import row_specs
 from fewstep.models.lora import LoraSettings
 from fewstep.plan.network import Network
 from fewstep.plan.shapes import Shape
-from fewstep.recipe import GuidanceStage, ProgressiveStage, Recipe, StageName
+from fewstep.recipe import Recipe, StageName
+from fewstep.stage_settings import GuidanceStage, ProgressiveStage
 from fewstep.train.settings import TrainSettings
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fewstep.recipe import StageName
-from fewstep.stages.context import Artifact, StageContext, find_artifact, fingerprint, stage_uri
+from fewstep.stages.context import Artifact, StageContext, find_artifact, stage_uri
 from fewstep.stages.convert import convert
 from fewstep.stages.encode import encode
 from fewstep.stages.evaluate import evaluate
+from fewstep.stages.fingerprints import fingerprint
 from fewstep.stages.guidance import guidance
 from fewstep.stages.prepare import prepare
 from fewstep.stages.progressive import progressive

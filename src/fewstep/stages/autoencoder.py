@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from fewstep.data.stream import ShardStream
 from fewstep.distill import AutoencoderObjective
-from fewstep.recipe import ClassTeacherStage, TeacherStage
-from fewstep.stages.context import StageContext, autoencoder_fingerprint
+from fewstep.errors import RecipeError
+from fewstep.models import load_model
+from fewstep.stage_settings import ClassTeacherStage, TeacherStage
+from fewstep.stages.context import StageContext
+from fewstep.stages.fingerprints import autoencoder_fingerprint
+from fewstep.stages.training import train_job
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob, TrainResult
-from fewstep.train.run import run_training
 
 #: Pictures that the scale of the latents is measured on.
 NUM_LATENT_SAMPLES = 2048
@@ -67,21 +70,20 @@ def train_autoencoder(
     return train_job(context, job, autoencoder_uri(context))
 
 
-def train_job(context: StageContext, job: TrainJob, uri: str) -> TrainResult:
-    """Run one of the trainings of a stage, in a run of its own at the tracker.
+def named_autoencoder(context: StageContext, uri: str) -> AutoencoderKL:
+    """Return the VAE of a MODEL, with its own scale.
 
-    Args:
-        context: of the stage.
-        job: the training.
-        uri: where its checkpoints and its export go.
+    Raises:
+        RecipeError: the model works in pixels.
     """
-    with context.tracker.run(job.name, key=f"{context.recipe.name}/{job.fingerprint}", parent=context.parent) as run:
-        run.log_params(job.settings)
-        result = run_training(
-            job, cluster=context.recipe.cluster, storage=context.storage, uri=uri, tracker=run.handle()
+    parts = load_model(context.fetch(uri))
+    vae = getattr(parts, "vae", None)
+    if not isinstance(vae, AutoencoderKL):
+        raise RecipeError(
+            f"vae={uri} is a model of the family {parts.family}, which works in pixels and has no autoencoder: name a "
+            "model in latents"
         )
-        run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)
-    return result
+    return vae
 
 
 @torch.no_grad()

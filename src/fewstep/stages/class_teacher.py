@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.data.classes import class_names as class_picture_names
@@ -19,21 +20,22 @@ from fewstep.data.source import Decode, SampleCounts, iterate_samples
 from fewstep.distill import DenoisingObjective
 from fewstep.errors import RecipeError
 from fewstep.models import COSINE_CONFIG, ClassParts, load_model
-from fewstep.recipe import ClassTeacherStage, Recipe, digest
+from fewstep.recipe import Recipe
+from fewstep.stage_settings import ClassTeacherStage
 from fewstep.stages.autoencoder import (
     NUM_LATENT_SAMPLES,
     autoencoder_uri,
+    named_autoencoder,
     scaled_autoencoder,
     train_autoencoder,
-    train_job,
 )
 from fewstep.stages.batches import format_of, sample_batches
-from fewstep.stages.context import StageContext, fingerprint, is_stored, store_once
+from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_shards
+from fewstep.stages.training import train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
-from fewstep.train.job import TrainJob
 
 
 def class_teacher(context: StageContext) -> dict[str, Any]:
@@ -56,35 +58,27 @@ def class_teacher(context: StageContext) -> dict[str, Any]:
     shards = context.shards("train")
     begin = join(uri, "begin")
     facts: dict[str, Any] = {}
-    if settings.autoencoder is None:
+    if not settings.in_latents:
         _store_fresh(context, settings, names, begin)
         data, decode = shards, format_of(load_model(fetch_model(begin, storage=context.storage))).decoder()
+    elif settings.vae is not None:
+        _store_fresh(context, settings, names, begin)
+        data, decode = _encode(context, settings, begin, shards, join(uri, "latents"))
     else:
         pictures = partial(sample_batches, shards, decode=_decoder(settings))
         vae = train_autoencoder(context, settings, batches=pictures, channels=settings.network.channels)
         facts["autoencoder"] = vae.to_json()
         _store_fresh(context, settings, names, begin, vae_uri=vae.export_uri, shards=shards)
-        data, decode = _encode(context, settings, begin, shards)
-    job = TrainJob(
-        name="teacher",
-        fingerprint=digest([fingerprint(recipe, "teacher"), "network"]),
+        # How many classes there are says which samples are left out.
+        latents = join(autoencoder_uri(context), f"latents-{settings.network.num_classes}")
+        data, decode = _encode(context, settings, begin, shards, latents)
+    network = train_teacher_network(
+        context,
+        settings.train,
         objective=partial(_objective, settings, begin, context.storage),
-        batches=partial(
-            sample_batches,
-            data,
-            decode=decode,
-            storage=context.storage,
-            stream=recipe.stream,
-            global_batch_size=settings.train.global_batch_size,
-            seed=recipe.seed,
-        ),
+        batches=partial(sample_batches, data, decode=decode),
         export=partial(_export, begin, context.storage),
-        settings=settings.train,
-        seed=recipe.seed,
-        num_streams=recipe.stream.num_streams,
     )
-    network = train_job(context, job, join(uri, "network"))
-    context.storage.upload_folder(fetch_model(network.export_uri, storage=context.storage), join(uri, "export"))
     return facts | {"network": network.to_json()}
 
 
@@ -121,8 +115,8 @@ def _store_fresh(
         return
     network, vae = settings.network, None
     channels, size = network.channels, network.resolution
-    if vae_uri is not None:
-        vae = scaled_autoencoder(context, vae_uri, _pixels(context, settings, shards))
+    if settings.in_latents:
+        vae = _autoencoder(context, settings, vae_uri, shards)
         channels = vae.config["latent_channels"]
         size //= 2 ** (len(vae.config["block_out_channels"]) - 1)
     torch.manual_seed(context.recipe.seed)
@@ -138,6 +132,21 @@ def _store_fresh(
         store_once(Path(folder), begin, context.storage)
 
 
+def _autoencoder(context: StageContext, settings: ClassTeacherStage, vae_uri: str | None, shards: str) -> AutoencoderKL:
+    if settings.vae is None:
+        return scaled_autoencoder(context, str(vae_uri), _pixels(context, settings, shards))
+    vae = named_autoencoder(context, settings.vae)
+    channels, side = vae.config["in_channels"], vae.config["sample_size"]
+    network = settings.network
+    if (channels, side) != (network.channels, network.resolution):
+        raise RecipeError(
+            f"train_class_teacher.network has {network.channels} channels of {network.resolution} px, and the "
+            f"autoencoder of vae={settings.vae} is for {channels} of {side}: set network.channels and "
+            "network.resolution to these"
+        )
+    return vae
+
+
 def _pixels(context: StageContext, settings: ClassTeacherStage, shards: str) -> Tensor:
     """Return some pictures, uint8 (B, C, H, W)."""
     counts = SampleCounts(context.recipe.stream.max_bad_share)
@@ -146,12 +155,12 @@ def _pixels(context: StageContext, settings: ClassTeacherStage, shards: str) -> 
     return torch.stack([sample["pixels"] for sample in islice(samples, NUM_LATENT_SAMPLES)])
 
 
-def _encode(context: StageContext, settings: ClassTeacherStage, begin: str, shards: str) -> tuple[str, Decode]:
+def _encode(
+    context: StageContext, settings: ClassTeacherStage, begin: str, shards: str, target: str
+) -> tuple[str, Decode]:
     """Make the latents that the U-Net is trained on; return their address and how they are read."""
     recipe = context.recipe
     parts = load_model(fetch_model(begin, storage=context.storage)).to(driver_device(recipe.cluster))
-    # How many classes there are says which samples are left out.
-    target = join(autoencoder_uri(context), f"latents-{settings.network.num_classes}")
     encode_shards(
         shards,
         target,

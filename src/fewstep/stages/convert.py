@@ -15,9 +15,10 @@ from fewstep.distill import DenoisingObjective
 from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
 from fewstep.errors import RecipeError
 from fewstep.models import Parts, copy_unet
-from fewstep.recipe import ConvertStage
+from fewstep.stage_settings import ConvertStage
 from fewstep.stages.batches import sample_batches
-from fewstep.stages.context import StageContext, convert_fingerprint, folder_digest
+from fewstep.stages.context import StageContext
+from fewstep.stages.fingerprints import convert_fingerprint, folder_digest
 from fewstep.stages.guidance import TeacherSource
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model

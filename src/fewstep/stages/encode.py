@@ -17,8 +17,9 @@ from fewstep.data.shards import Shard, read_index, write_index, write_shard
 from fewstep.data.source import Decode, SampleCounts, iterate_shard
 from fewstep.models import Parts, load_model
 from fewstep.stages.batches import format_of, picture_decoder
-from fewstep.stages.context import StageContext, folder_digest, latents_fingerprint, pin_teacher
+from fewstep.stages.context import StageContext, pin_teacher
 from fewstep.stages.device import driver_device
+from fewstep.stages.fingerprints import folder_digest, latents_fingerprint
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
 

@@ -21,8 +21,9 @@ from fewstep.models import Parts, StudentInfo, load_model, save_student
 from fewstep.models.lora import check_peft, has_adapters, lora_student, merged, save_adapters
 from fewstep.recipe import Recipe
 from fewstep.stages.batches import sample_batches
-from fewstep.stages.context import StageContext, guidance_fingerprint
+from fewstep.stages.context import StageContext
 from fewstep.stages.device import driver_device
+from fewstep.stages.fingerprints import guidance_fingerprint
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings

@@ -10,7 +10,8 @@ from fewstep.data.classes import ClassPicturesSettings, class_samples
 from fewstep.data.emoji import EmojiSettings, emoji_samples
 from fewstep.data.emoji.dataset import Split
 from fewstep.data.shards import ShardIndex, read_index, write_metadata, write_shards
-from fewstep.stages.context import StageContext, drawn_splits, shards_uri
+from fewstep.stages.context import StageContext, shards_uri
+from fewstep.stages.fingerprints import drawn_splits
 from fewstep.stages.progress import Progress
 from fewstep.storage import join
 

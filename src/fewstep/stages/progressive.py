@@ -13,7 +13,8 @@ from fewstep.errors import ModelError
 from fewstep.models import StudentInfo, load_model, read_student_info
 from fewstep.models.lora import LoraSettings, adapters_in, lora_student
 from fewstep.stages.batches import sample_batches
-from fewstep.stages.context import StageContext, rung_fingerprint
+from fewstep.stages.context import StageContext
+from fewstep.stages.fingerprints import rung_fingerprint
 from fewstep.stages.grids import picture_grid
 from fewstep.stages.guidance import TeacherSource, check_lora, export_student
 from fewstep.storage import Storage, join

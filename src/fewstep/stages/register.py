@@ -13,7 +13,8 @@ from fewstep.evaluate.report import read_report
 from fewstep.models import copy_student, read_student_info
 from fewstep.models.lora import ADAPTER_FILE
 from fewstep.recipe import digest
-from fewstep.stages.context import StageContext, fingerprint
+from fewstep.stages.context import StageContext
+from fewstep.stages.fingerprints import fingerprint
 from fewstep.storage import join
 from fewstep.tracking.adapters import add_flavor
 from fewstep.tracking.fetch import fetch_model

@@ -30,28 +30,29 @@ from fewstep.models import (
     fresh_text_model,
     load_model,
 )
-from fewstep.recipe import TeacherStage, digest
+from fewstep.stage_settings import TeacherStage
 from fewstep.stages.autoencoder import (
     NUM_LATENT_SAMPLES,
     autoencoder_uri,
+    named_autoencoder,
     scaled_autoencoder,
     train_autoencoder,
-    train_job,
 )
 from fewstep.stages.batches import latent_batches, picture_batches
 from fewstep.stages.class_teacher import class_teacher
-from fewstep.stages.context import StageContext, fingerprint, is_stored, store_once
+from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.convert import changed_config
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_shards
+from fewstep.stages.training import train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
-from fewstep.train.job import TrainJob
 
 
 def teacher(context: StageContext) -> dict[str, Any]:
     """Train the VAE, encode the shards with it, then train U-Net and text encoders together; the artifact's export/ is
-    a diffusers folder. With `init`, the model named there is trained on, and its VAE stays as it is."""
+    a diffusers folder. With `init`, the model named there is trained on, and its VAE stays as it is; with `vae` fresh
+    networks are trained around a VAE that is there."""
     recipe, uri = context.recipe, context.uri("teacher")
     if recipe.train_class_teacher is not None:
         return class_teacher(context)
@@ -63,11 +64,14 @@ def teacher(context: StageContext) -> dict[str, Any]:
     if settings.init is not None:
         _store_init(context, settings, begin)
         latents = join(uri, "latents")
+    elif settings.vae is not None:
+        _store_fresh(context, settings, begin, shards)
+        latents = join(uri, "latents")
     else:
         pictures = partial(picture_batches, shards, resolution=settings.autoencoder.resolution)
         vae = train_autoencoder(context, settings, batches=pictures)
         facts["autoencoder"] = vae.to_json()
-        _store_fresh(context, settings, vae.export_uri, begin, shards)
+        _store_fresh(context, settings, begin, shards, vae_uri=vae.export_uri)
         latents = join(autoencoder_uri(context), "latents")
     parts = load_model(fetch_model(begin, storage=context.storage)).to(driver_device(recipe.cluster))
     stored = stored_conditions(parts)
@@ -83,31 +87,18 @@ def teacher(context: StageContext) -> dict[str, Any]:
         seed=recipe.seed,
         label="encode for the teacher",
     )
-    network = train_job(
+    network = train_teacher_network(
         context,
-        TrainJob(
-            name="teacher",
-            fingerprint=digest([fingerprint(recipe, "teacher"), "network"]),
-            objective=partial(_denoising_objective, settings, begin, context.storage),
-            batches=partial(
-                latent_batches,
-                latents,
-                tokenizers={name: (begin, folder) for name, folder in joint_tokenizers(parts).items()},
-                condition_names=stored,
-                storage=context.storage,
-                stream=recipe.stream,
-                global_batch_size=settings.train.global_batch_size,
-                seed=recipe.seed,
-            ),
-            export=partial(_export_teacher, begin, context.storage),
-            settings=settings.train,
-            seed=recipe.seed,
-            num_streams=recipe.stream.num_streams,
+        settings.train,
+        objective=partial(_denoising_objective, settings, begin, context.storage),
+        batches=partial(
+            latent_batches,
+            latents,
+            tokenizers={name: (begin, folder) for name, folder in joint_tokenizers(parts).items()},
+            condition_names=stored,
         ),
-        join(uri, "network"),
+        export=partial(_export_teacher, begin, context.storage),
     )
-    folder = fetch_model(network.export_uri, storage=context.storage)
-    context.storage.upload_folder(folder, join(uri, "export"))
     return facts | {"network": network.to_json()}
 
 
@@ -138,12 +129,17 @@ def _store_init(context: StageContext, settings: TeacherStage, begin: str) -> No
         store_once(Path(folder), begin, context.storage)
 
 
-def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, begin: str, shards: str) -> None:
-    """Store the teacher as it is before its training: the VAE with its latents scaled to unit variance, the tokenizer
-    learned from the captions, and fresh networks. Workers begin from this folder, so that all begin alike."""
+def _store_fresh(
+    context: StageContext, settings: TeacherStage, begin: str, shards: str, *, vae_uri: str | None = None
+) -> None:
+    """Store the teacher as it is before its training: a trained VAE, its latents scaled to unit variance, or the one
+    that `vae` names; the tokenizer learned from the captions; and fresh networks. Workers begin from this folder, so
+    that all begin alike."""
     if is_stored(begin, context.storage):
         return
-    resolution = settings.autoencoder.resolution
+    named = None if settings.vae is None else named_autoencoder(context, settings.vae)
+    # diffusers keeps the side of the pictures in the VAE's configuration.
+    resolution = settings.autoencoder.resolution if named is None else named.config["sample_size"]
     index = read_index(shards, storage=context.storage)
     captions: list[str] = []
     pixels: list[Tensor] = []
@@ -153,7 +149,7 @@ def _store_fresh(context: StageContext, settings: TeacherStage, vae_uri: str, be
         captions.append(sample["caption"])
         if len(pixels) < NUM_LATENT_SAMPLES:
             pixels.append(sample["pixels"])
-    vae = scaled_autoencoder(context, vae_uri, torch.stack(pixels))
+    vae = named or scaled_autoencoder(context, str(vae_uri), torch.stack(pixels))
     torch.manual_seed(context.recipe.seed)
     tokenizer = settings.network.train_tokenizer(captions)
     parts = fresh_text_model(settings.network, vae=vae, tokenizer=tokenizer)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from fewstep.errors import DataError
 from fewstep.evaluate.classes.chart import frechet_chart, precision_recall_chart
 from fewstep.evaluate.classes.compare import ClassComparison
@@ -16,6 +14,7 @@ from fewstep.evaluate.classes.grid import draw_class_grid
 from fewstep.evaluate.classes.page import render_class_page
 from fewstep.evaluate.classes.schema import ClassReport
 from fewstep.evaluate.classes.tables import all_tables, to_markdown
+from fewstep.evaluate.files import read_json_report, replace_text
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,14 @@ def write_class_report(
         root / "precision_recall.svg": precision_recall_chart(report),
     }
     for path, svg in charts.items():
-        _replace(path, svg + "\n")
+        replace_text(path, svg + "\n")
     files = ClassReportFiles(
         root / "report.json", root / "report.html", root / "tables.md", tuple(charts), tuple(pictures)
     )
-    _replace(files.tables, to_markdown(all_tables(report)))
-    _replace(files.html, render_class_page(report, sheets, title=title))
+    replace_text(files.tables, to_markdown(all_tables(report)))
+    replace_text(files.html, render_class_page(report, sheets, title=title))
     # The JSON is last: who finds it finds the rest.
-    _replace(files.json, report.model_dump_json(indent=2) + "\n")
+    replace_text(files.json, report.model_dump_json(indent=2) + "\n")
     return files
 
 
@@ -95,18 +94,4 @@ def read_class_report(path: str | os.PathLike[str]) -> ClassReport:
     Raises:
         DataError: the file is missing, or is no report of this version.
     """
-    try:
-        return ClassReport.model_validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise DataError(f"the report {os.fspath(path)} cannot be read: {error}; run the comparison") from error
-    except ValidationError as error:
-        raise DataError(
-            f"{os.fspath(path)} is no class-conditional report of this version of fewstep: {error}; compare again"
-        ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    # Written aside and moved: a run that is killed here leaves the old report or the new one, never half of one.
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    return read_json_report(ClassReport, path, what="class-conditional report", remedy="run the evaluate stage")

@@ -87,7 +87,7 @@ def test_updates_of_single_rungs() -> None:
         ({"stages": ["teacher", "encode"]}, ["stages has teacher", "add the key train_teacher"]),
         (
             {"train_teacher": {"init": "m", "autoencoder_train": TRAIN, "train": TRAIN}},
-            ["begins either from a model (init) or from nothing (autoencoder_train)"],
+            ["begins from a model (init), or with fresh networks around", "name exactly one"],
         ),
         (
             {"train_teacher": {"add_pooled_text": True, "autoencoder_train": TRAIN, "train": TRAIN}},
@@ -103,6 +103,14 @@ def test_updates_of_single_rungs() -> None:
         ({"stages": ["encode"]}, ["there are no shards: name them in data.train, or put prepare into stages"]),
         ({"teacher": None}, ["there is no teacher: name a MODEL in the key teacher"]),
         ({"evaluate__guidance_scale": 5.5}, ["guidance_scale=5.5 is w=4.5, outside the trained range 0 … 4"]),
+        (
+            {"progressive__kinds": ["encoder", "deterministic"], "guidance__w_min": 1.0},
+            ["kinds has encoder, and guidance begins at w=1", "set guidance.w_min to 0"],
+        ),
+        (
+            {"progressive__kinds": ["stochastic"]},
+            ["progressive.kinds is ['stochastic'], and evaluate judges the deterministic students"],
+        ),
         ({"evaluate__steps": [16, 4]}, ["evaluate.steps has [16]", "progressive.ladder [4, 2, 1]"]),
         ({"evaluate__steps": [4, 4]}, ["steps=[4, 4] must be different numbers"]),
         ({"register__num_inference_steps": 8}, ["register.num_inference_steps=8 is not in", "[4, 2, 1]"]),
@@ -122,6 +130,11 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], messages: list[str
     assert text.startswith("my.yaml")
     for message in messages:
         assert message in text
+
+
+def test_a_scale_on_the_edge_of_the_range_is_inside() -> None:
+    """1.3 - 1 is a little more than 0.3 in floating point."""
+    parse_recipe(content(guidance__w_max=0.3, evaluate__guidance_scale=1.3))
 
 
 def test_all_faults_are_named_at_once() -> None:

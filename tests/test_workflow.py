@@ -14,7 +14,13 @@ import pytest
 from fewstep.recipe import Recipe, StageName, parse_recipe
 from fewstep.stages import memory
 from fewstep.stages.context import shards_uri
-from fewstep.stages.fingerprints import fingerprint, guidance_fingerprint, latents_fingerprint, rung_fingerprint
+from fewstep.stages.fingerprints import (
+    fingerprint,
+    guidance_fingerprint,
+    guided_pair_fingerprint,
+    latents_fingerprint,
+    rung_fingerprint,
+)
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage
 
@@ -149,6 +155,36 @@ def test_evaluating_otherwise_trains_nothing_anew(teacher: Path, storage: Storag
 )
 def test_what_stage_one_depends_on_trains_everything_anew(teacher: Path, changes: dict[str, Any]) -> None:
     assert _retrained(_recipe(teacher), _recipe(teacher, **changes)) == {0, 8, 4, 2, 1}
+
+
+@pytest.mark.parametrize("w", [None, 1.0], ids=["naive", "single_w"])
+def test_ladders_without_stage_one_are_named_by_all_that_they_begin_with(teacher: Path, w: float | None) -> None:
+    def first(model: str = "t", data: str = "l", **changes: Any) -> str:
+        recipe = _recipe(teacher, **changes)
+        before = guided_pair_fingerprint(recipe, w=w, teacher_digest=model, latents_digest=data)
+        return rung_fingerprint(recipe, "naive" if w is None else "single_w", 8, w=w, before=before)
+
+    changed = [first(seed=1), first(stream__shuffle_shards=7), first(model="other"), first(data="other")]
+    assert len({first(), *changed}) == 5
+    # A student of one weight does not see the range of stage one; one of the guided pair is trained on it.
+    assert (first(guidance__w_max=5.0) == first()) == (w is not None)
+    assert first(guidance__loss_weight="snr") == first()
+
+
+def test_what_trains_the_judging_classifier_makes_another_report(teacher: Path) -> None:
+    def evaluated(**changes: Any) -> str:
+        judged = {"weights": [1.0], "steps": [4], **changes}
+        return fingerprint(_recipe(teacher, stages=list(STAGES[:-1]), evaluate_classes=judged), "evaluate")
+
+    assert evaluated(classifier={"batch_size": 16}) != evaluated()
+    assert evaluated(compare={"batch_size": 16}) == evaluated(), "pictures at once"
+
+
+def test_masks_belong_to_the_latents_of_inpainting_models_alone(teacher: Path) -> None:
+    plain, other = _recipe(teacher), _recipe(teacher, encode={"masks": {"max_boxes": 2}})
+    names: dict[str, str] = {"shards_digest": "d", "teacher_digest": "t"}
+    assert latents_fingerprint(plain, **names) == latents_fingerprint(other, **names)
+    assert latents_fingerprint(plain, **names, masks=True) != latents_fingerprint(other, **names, masks=True)
 
 
 def test_other_data_or_another_teacher_trains_everything_anew(teacher: Path, storage: Storage) -> None:

@@ -79,7 +79,8 @@ def run(recipe: Path, out: Path | None) -> None:
 def stage(name: str, recipe: Path, out: Path | None) -> None:
     """Run one stage NAME of RECIPE; the stages before it must have finished.
 
-    NAME is prepare, teacher, encode, guidance, progressive, evaluate or register. This is what a Kubernetes job runs.
+    NAME is prepare, teacher, encode, convert, guidance, progressive, evaluate or register. This is what a Kubernetes
+    job runs.
     """
     from typing import cast
 

@@ -34,6 +34,10 @@ from fewstep.train.settings import ClusterSettings
 StageName = Literal["prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register"]
 
 
+#: 1.3 - 1 is a little more than 0.3 in floating point.
+_SLACK = 1e-6
+
+
 class Recipe(StageSettings):
     """A whole workflow."""
 
@@ -104,10 +108,15 @@ class Recipe(StageSettings):
         scale = self.evaluate.guidance_scale
         if self.guidance is not None:
             low, high = self.guidance.weights
-            if not low <= scale - 1 <= high:
+            if not low - _SLACK <= scale - 1 <= high + _SLACK:
                 raise ValueError(
                     f"evaluate.guidance_scale={scale:g} is w={scale - 1:g}, outside the trained range "
                     f"{low:g} … {high:g}: change it, or guidance.w_min and w_max"
+                )
+            if low > 0 and self.progressive is not None and "encoder" in self.progressive.kinds:
+                raise ValueError(
+                    f"progressive.kinds has encoder, and guidance begins at w={low:g}: pictures are encoded at w=0, "
+                    "where nothing is guided; set guidance.w_min to 0"
                 )
         if self.progressive is not None and "register" in self.stages:
             wanted = self.register_.num_inference_steps
@@ -118,6 +127,11 @@ class Recipe(StageSettings):
                 )
         self._check_sizes()
         if "evaluate" in self.stages and self.progressive is not None and self.evaluate_classes is None:
+            if "deterministic" not in self.progressive.kinds:
+                raise ValueError(
+                    f"progressive.kinds is {list(self.progressive.kinds)}, and evaluate judges the deterministic "
+                    "students of prompts: add deterministic, or leave evaluate out of stages"
+                )
             strangers = sorted(set(self.evaluate.steps) - set(self.progressive.ladder))
             if strangers:
                 raise ValueError(
@@ -201,7 +215,7 @@ class Recipe(StageSettings):
             )
         if self.guidance is not None:
             low, high = self.guidance.weights
-            outside = [w for w in settings.weights if not low <= w <= high]
+            outside = [w for w in settings.weights if not low - _SLACK <= w <= high + _SLACK]
             if outside:
                 raise ValueError(
                     f"evaluate_classes.weights has {outside}, outside the trained range {low:g} … {high:g}: change "

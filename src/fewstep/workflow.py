@@ -11,10 +11,10 @@ from fewstep.errors import FewstepError, StorageError
 from fewstep.recipe import Recipe, StageName
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, fingerprint, stage_uri
 from fewstep.stages.context import DONE
-from fewstep.stages.device import free_device_memory
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage, join
 from fewstep.train.cluster import local_ray
+from fewstep.train.device import free_device_memory
 from fewstep.workplace import Workplace
 
 logger = logging.getLogger("fewstep")

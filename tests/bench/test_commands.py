@@ -43,6 +43,21 @@ def test_sample_prints_json_alone_and_the_table_takes_it(tmp_path: Path) -> None
         assert "fewstep bench train tiny.yaml" in text
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("options", "--updates", 0), "--updates 0: Input should be greater than or equal to 1"),
+        (("options", "--steps", 0), "--steps 0: Input should be greater than or equal to 1"),
+        (("mixture", "--seed", -1), "--seed -1: Input should be greater than or equal to 0"),
+    ],
+)
+def test_options_that_cannot_work_are_named(args: tuple[object, ...], message: str) -> None:
+    asked = run(*args)
+    assert asked.exit_code == 2
+    assert message in asked.output
+    assert "Traceback" not in asked.output
+
+
 def test_page_and_results_must_be_what_they_should(tmp_path: Path) -> None:
     result = bench_workload(tiny_workload(), settings(rounds=1), device=CPU)
     good, bad, page = tmp_path / "good.json", tmp_path / "bad.json", tmp_path / "page.md"

@@ -30,7 +30,7 @@ from fewstep.diffusion import (
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.schedulers import CosineDDIMScheduler, StochasticDDIMScheduler
 from fewstep.errors import SamplingError
-from fewstep.models import initial_noise, load_parts, student_model, student_scheduler_config
+from fewstep.models import initial_noise, load_parts, student_scheduler_config
 from tiny import tiny_student_folder
 
 TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
@@ -213,7 +213,7 @@ def test_a_students_folder_samples_stochastically_in_the_stock_pipeline(tmp_path
     calls: list[int] = []
     hook = parts.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     ours = stochastic(
-        student_model(parts.unet, parts.encode_prompts(PROMPTS), 3.0),
+        parts.denoiser().conditional({"text": parts.encode_prompts(PROMPTS)}, 3.0),
         noise,
         schedule=parts.schedule,
         prediction_type=parts.prediction_type,

@@ -77,10 +77,10 @@ def test_index_minus_one_is_the_clean_picture(name: str) -> None:
     assert torch.isinf(schedule.snr(torch.tensor([-1]))).all()
 
 
-def test_add_noise_takes_each_row_at_its_own_time() -> None:
+def test_noise_takes_each_row_at_its_own_time() -> None:
     schedule = NoiseSchedule.from_scheduler_config(SCHEDULER_CONFIG)
     x, noise = torch.full((3, 2, 2, 2), 2.0), torch.full((3, 2, 2, 2), 5.0)
-    z = schedule.add_noise(x, noise, torch.tensor([-1, 499, 999]))
+    z = schedule.noise(x, noise, torch.tensor([-1, 499, 999]))
     assert torch.equal(z[0], x[0])
     assert torch.equal(z[2], noise[2])
     assert torch.allclose(z[1], 2.0 * schedule.alphas[500].float() + 5.0 * schedule.sigmas[500].float())

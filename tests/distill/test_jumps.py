@@ -14,6 +14,7 @@ from fewstep.diffusion import RowRandom
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import NaiveProgressiveObjective, ProgressiveObjective, plan_jumps
 from fewstep.distill.jumps import follow
+from fewstep.distill.ladders import check_ladders
 from fewstep.distill.settings import ProgressiveSettings
 from fewstep.errors import ModelError, RecipeError
 
@@ -291,6 +292,22 @@ def test_inputs_from_the_teachers_sampler_are_refused_where_they_have_no_meaning
         ProgressiveObjective(teacher, denoising_weight=0.2, **common)
     with pytest.raises(ValueError, match=r"denoising_weight=0\.2 cannot be used with trajectory_inputs"):
         ProgressiveSettings(trajectory_inputs=True, denoising_weight=0.2)
+
+
+def test_ladders_that_a_teacher_cannot_be_taken_down_are_told_before_stage_one() -> None:
+    teacher = field_denoiser("stable diffusion", "epsilon")
+    check_ladders(ProgressiveSettings(), teacher)
+    check_ladders(ProgressiveSettings(kinds=("encoder",)), teacher, prediction_type="v_prediction")
+    with pytest.raises(RecipeError, match=r"must lie between 1 and 500 steps: its first student imitates 2048"):
+        check_ladders(ProgressiveSettings(ladder=(1024, 512)), teacher)
+    with pytest.raises(RecipeError, match=r"start_times\[64\]=1728 .* need a grid of 3456 times, .* trained on 1000"):
+        check_ladders(ProgressiveSettings(ladder=(64,), start_times={64: 1728}), teacher)
+    with pytest.raises(ModelError, match=r"a network that outputs epsilon: encoders need v_prediction"):
+        check_ladders(ProgressiveSettings(kinds=("encoder",)), teacher)
+    with pytest.raises(ModelError, match="error=features compares in the down blocks"):
+        check_ladders(ProgressiveSettings(error="features"), teacher)
+    # Continuous times have room for any number.
+    check_ladders(ProgressiveSettings(ladder=(1024, 512)), field_denoiser("cosine", "v_prediction"))
 
 
 def test_a_rung_of_skip_level_is_taught_by_the_one_before_the_last() -> None:

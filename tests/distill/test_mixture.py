@@ -5,6 +5,7 @@ The bounds are wide: the run is a twentieth of `fewstep bench mixture`, whose fi
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,63 @@ WEIGHTS = (0.0, 1.0, 4.0)
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     return run_mixture(MixtureSettings.model_validate(QUICK))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ladder": (4,)}, "must be of 1 step, below another"),
+        ({"ladder": (4, 3, 1)}, "is not a divisor below 4"),
+        ({"ladder": (4, 2, 1), "encoder": 16}, "encoder=16 is not in the ladder"),
+        ({"num_points": 1000}, "no multiple of the 3 classes"),
+        ({"weights": (9.0,)}, r"the weights \[9.0\] are outside 0"),
+        ({"first_teacher_steps": 1}, "first_teacher_steps=1 is no multiple"),
+    ],
+)
+def test_experiments_that_cannot_work_are_told_before_any_training(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixtureSettings.model_validate(changes)
+
+
+#: Everything that the short form leaves out, at no length at all.
+_REST = {
+    "schedule": "stable_diffusion",
+    "ladder": (4, 2, 1),
+    "first_teacher_steps": 8,
+    "naive": (),
+    "encoder": 2,
+    "single_w": (1.0,),
+    "teacher_updates": 40,
+    "guidance_updates": 20,
+    "rung_updates": 10,
+    "last_updates": 10,
+    "last_rung_budgets": (),
+    "teacher_steps": 20,
+    "num_points": 300,
+}
+
+
+def test_what_the_short_form_leaves_out_runs_too() -> None:
+    result = run_mixture(MixtureSettings.model_validate(_REST))
+    methods = {row["method"] for row in result["rows"]}
+    assert methods == {
+        "teacher", "ddim", "stage_one", "student", "single_w", "stochastic", "stochastic_in_ddim",
+        "student_in_stochastic",
+    }  # fmt: skip
+    figures = [value for row in result["rows"] for value in row.values() if isinstance(value, float)]
+    assert all(math.isfinite(value) for value in figures)
+    trip = result["round_trip"]
+    assert trip["steps"] == 2
+    assert all(math.isfinite(trip[name]) and trip[name] > 0 for name in ("students", "ddim"))
+
+
+def test_exact_jumps_of_the_stochastic_sampler_end_at_the_data() -> None:
+    """At w = 0 the exact denoiser in the stochastic sampler draws the data, at any number of steps."""
+    run = Experiment(
+        MixtureSettings.model_validate({**_REST, "schedule": "cosine", "num_points": 3000}), lambda line: None
+    )
+    figures = run.figures(run.exact(0.0, stochastic_steps=8), run.plane.draw(run.labels, run.generator))
+    assert figures["sliced_wasserstein"] < 0.06
 
 
 def _row(result: dict[str, Any], method: str, w: float, steps: int) -> dict[str, float]:

@@ -247,6 +247,41 @@ def test_all_options_are_off_by_default() -> None:
         (ProgressiveSettings, {"feature_weight": 2.0}, "feature_weight=2 has no effect with error=mse"),
         (ProgressiveSettings, {"error": "features", "kinds": ["naive"]}, "error=features is not for the naive ladder"),
         (ProgressiveSettings, {"lora": {}, "kinds": ["deterministic", "naive"]}, "lora is not for the naive ladder"),
+        (
+            ProgressiveSettings,
+            {"prediction_type": {1: "sample"}, "kinds": ["deterministic", "naive"]},
+            "prediction_type is not for the naive ladder",
+        ),
+        (
+            ProgressiveSettings,
+            {"prediction_type": {1: "sample"}, "kinds": ["deterministic", "encoder"]},
+            "cannot be used for encoders, which output v_prediction",
+        ),
+        (ProgressiveSettings, {"guided_share": 0.1}, r"guided_share has no effect on the ladders \['deterministic'\]"),
+        (ProgressiveSettings, {"pure_noise_at_end": True, "kinds": ["naive", "encoder"]}, "pure_noise_at_end has no"),
+        (ProgressiveSettings, {"start_times": {16: 32}, "kinds": ["stochastic"]}, "start_times has no effect on"),
+        (ProgressiveSettings, {"trajectory_inputs": True, "kinds": ["encoder"]}, "trajectory_inputs has no effect on"),
+        (
+            ProgressiveSettings,
+            {"trajectory_inputs": True, "start_times": {2: 4, 1: 4}, "ladder": [4, 2, 1]},
+            r"start_times\[2\]=4 cannot be used with trajectory_inputs",
+        ),
+        (
+            ProgressiveSettings,
+            {"kinds": ["single_w"], "single_w": [-1.0]},
+            "weights must be 0 or more",
+        ),
+        (ProgressiveSettings, {"kinds": ["single_w"], "single_w": [1.0, 1.0]}, "each named once"),
+        (
+            ProgressiveSettings,
+            {"kinds": ["single_w"], "single_w": [1.0], "ladder": [4], "start_times": {4: 6}},
+            "start_times=6 is no multiple of the student's 4 steps",
+        ),
+        (
+            GuidanceSettings,
+            {"single_w": 2.0, "w_max": 3.0, "embedding_dim": 8},
+            "embedding_dim and w_max has no effect",
+        ),
         (ProgressiveSettings, {"lora": {"rank": 0}}, "greater than or equal to 1"),
         (ProgressiveSettings, {"lora": {"ranks": 4}}, "Extra inputs are not permitted"),
     ],
@@ -257,6 +292,10 @@ def test_settings_that_cannot_work_are_refused(settings: Any, values: dict[str, 
 
 
 def test_settings_that_work() -> None:
+    single = {"kinds": ["single_w"], "single_w": [1.0]}
+    ProgressiveSettings.model_validate({**single, "trajectory_inputs": True})
+    ProgressiveSettings.model_validate({**single, "ladder": [4], "start_times": {4: 8}})
+    ProgressiveSettings.model_validate({"guided_share": 0.1, "kinds": ["deterministic", "naive"]})
     assert GuidanceSettings.model_validate({"single_w": 3.0, "lora": {"rank": 4}}).lora == LoraSettings(rank=4)
     ladder = ProgressiveSettings.model_validate({"error": "features", "feature_weight": 2.0, "lora": {"alpha": 8}})
     assert ladder.lora is not None

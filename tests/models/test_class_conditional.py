@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from counted import counted
 from fewstep.errors import ModelError, SamplingError
 from fewstep.models import (
+    SCHEDULER_CONFIG,
     ClassArchitecture,
     ClassConditionalPipeline,
     ClassParts,
@@ -140,7 +142,6 @@ def test_the_teachers_folder_samples_as_ours(parts: ClassParts, tmp_path: Path) 
         initial_noise(SEEDS, parts.sample_shape),
         condition,
         w=1.5,
-        clip_sample=not parts.stores_latents,
         num_inference_steps=3,
     )
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
@@ -149,6 +150,36 @@ def test_the_teachers_folder_samples_as_ours(parts: ClassParts, tmp_path: Path) 
     ).images
     shown = (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
     assert int((shown.int() - parts.decode(ours).int()).abs().max()) <= 1
+
+
+def test_x_is_clipped_where_the_scheduler_says_so(parts: ClassParts, tmp_path: Path) -> None:
+    assert parts.denoiser().clip_sample == (not parts.stores_latents)
+    if parts.stores_latents:
+        return
+    # A discrete teacher in pixels clips, as diffusers' schedulers do by default; its students do so nowhere.
+    config = {**SCHEDULER_CONFIG, "clip_sample": True}
+    discrete = parts.with_network(parts.network, config)
+    assert discrete.denoiser().clip_sample
+    folder = student_folder(tmp_path / "student", discrete, kind="deterministic")
+    own, info = load_model(folder), read_student_info(folder)
+    assert info is not None
+    noise, condition = 3 * initial_noise(SEEDS, own.sample_shape), {"label": torch.tensor([0, 1, 2])}
+    ours = sample_student(own.denoiser(), info, noise, condition, w=1.5)
+    theirs = _pipeline(folder)(
+        torch.tensor([0, 1, 2]), num_inference_steps=4, guidance_scale=2.5, latents=noise, output_type="latent"
+    ).images
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert float(ours.abs().max()) > 1
+
+
+def test_a_start_that_is_none_of_the_students_is_refused(parts: ClassParts, tmp_path: Path) -> None:
+    folder = student_folder(tmp_path / "student", parts, kind="deterministic")
+    own, info = load_model(folder), read_student_info(folder)
+    noise, condition = initial_noise(SEEDS, own.sample_shape), {"label": torch.tensor([0, 1, 2])}
+    sample_student(own.denoiser(), info, noise, condition, w=1.5, start=Fraction(3, 4))
+    for start in (Fraction(1, 3), Fraction(0), Fraction(5, 4)):
+        with pytest.raises(SamplingError, match=r"none of the times .* must be a multiple of 1/4 above 0, up to 1"):
+            sample_student(own.denoiser(), info, noise, condition, w=1.5, start=start)
 
 
 @pytest.mark.parametrize("kind", ["deterministic", "stochastic"])
@@ -172,7 +203,6 @@ def test_a_students_folder_samples_as_ours_with_one_call_a_step(parts: ClassPart
         noise.draw(),
         {"label": torch.tensor([0, 1, 2])},
         w=1.5,
-        clip_sample=not own.stores_latents,
         noise=lambda step: noise.draw(),
     )
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)

@@ -174,7 +174,6 @@ def test_the_unmodified_pipeline_of_the_teachers_folder_samples_as_ours(tmp_path
         initial_noise(SEEDS, read.sample_shape),
         {"label": torch.tensor([3, 999])},
         w=1.5,
-        clip_sample=False,
         num_inference_steps=4,
     )
     torch.testing.assert_close(images, (teacher.vae.decode(z / 0.7).sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
@@ -202,7 +201,6 @@ def test_a_students_folder_samples_as_ours_with_one_call_a_step(parts: DiTParts,
         noise.draw(),
         {"label": torch.tensor([2, 0])},
         w=1.5,
-        clip_sample=False,
         noise=lambda step: noise.draw(),
     )
     # An untrained network of eps reaches values of hundreds.
@@ -224,7 +222,7 @@ def test_a_student_of_one_w_is_a_dit_pipeline_without_guidance(parts: DiTParts, 
     assert isinstance(own, DiTParts)
     assert own.prediction_type == "v_prediction"
     noise, condition = initial_noise(SEEDS, own.sample_shape), {"label": torch.tensor([1, 2])}
-    z = sample_student(own.denoiser(), student_info(2, w=1.0), noise, condition, w=1.0, clip_sample=False)
+    z = sample_student(own.denoiser(), student_info(2, w=1.0), noise, condition, w=1.0)
     torch.testing.assert_close(images, (own.vae.decode(z / 0.7).sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
 
 

@@ -314,12 +314,15 @@ def test_a_weight_outside_the_range_on_purpose(student: LoadedModel, pictures: T
     condition, same = told(student), {"strength": 0.5, "seeds": SEEDS}
     far = image_to_image(student, pictures, condition, w=9.0, extrapolate=True, **same)
     near = image_to_image(student, pictures, condition, w=6.0, **same)
-    rows = image_to_image(student, pictures, condition, w=torch.tensor([9.0, 6.0]), **same)
+    rows = image_to_image(student, pictures, condition, w=torch.tensor([9.0, 6.0]), extrapolate=True, **same)
     assert torch.equal(rows[0], far[0])
     assert torch.equal(rows[1], near[1])
     # w(t): the last of two steps begins at t = 1/4, outside.
     early = image_to_image(student, pictures, condition, w=interval_weight(6.0, 0.4, 1.0), **same)
     assert not torch.equal(early, near)
+    for outside in (9.0, torch.tensor([6.0, 9.0]), interval_weight(9.0, 0.4, 1.0)):
+        with pytest.raises(SamplingError, match=r"guidance_scale=10 is outside 1 … 7"):
+            image_to_image(student, pictures, condition, w=outside, **same)
 
 
 def test_classes_in_pixels(pictures: Tensor) -> None:

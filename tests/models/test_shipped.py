@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from fewstep.diffusion import ddim
-from fewstep.models import TextToImageParts, guided_model, initial_noise, load_parts, read_student_info, student_model
+from fewstep.models import TextToImageParts, initial_noise, load_parts, read_student_info
 from fewstep.tracking.fetch import ASSETS, packaged_model
 
 PROMPTS = ["a red apple, twemoji", "a dog face on blue, openmoji", "a mushroom", "two fruits on black, twemoji"] * 4
@@ -33,9 +33,9 @@ def teacher() -> TextToImageParts:
 def _draw(parts: TextToImageParts, noise: Tensor, *, steps: int, guided: bool) -> Tensor:
     embeddings = parts.encode_prompts(PROMPTS)
     model = (
-        guided_model(parts.unet, embeddings, parts.encode_prompts([""]), W)
+        parts.denoiser().guided({"text": embeddings}, W)
         if guided
-        else student_model(parts.unet, embeddings, W)
+        else parts.denoiser().conditional({"text": embeddings}, W)
     )
     settings = {"schedule": parts.schedule, "prediction_type": parts.prediction_type, "num_inference_steps": steps}
     return ddim(model, noise, **settings)

@@ -14,12 +14,10 @@ from counted import counted
 from fewstep.diffusion import ddim
 from fewstep.models import (
     StudentInfo,
-    guided_model,
     initial_noise,
     load_parts,
     make_student,
     save_student,
-    student_model,
 )
 from tiny import tiny_student_folder, tiny_teacher
 
@@ -46,7 +44,7 @@ def _both(folder: Path, *, steps: int, w: float, noise: Tensor) -> tuple[Tensor,
     parts = load_parts(folder)
     with counted(parts.unet) as own_calls:
         own = ddim(
-            student_model(parts.unet, parts.encode_prompts(PROMPTS), w),
+            parts.denoiser().conditional({"text": parts.encode_prompts(PROMPTS)}, w),
             noise,
             schedule=parts.schedule,
             prediction_type=parts.prediction_type,
@@ -90,7 +88,7 @@ def test_the_guided_teacher_is_the_stock_pipelines_guidance(tmp_path: Path) -> N
         stock = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=3.5, latents=noise, output_type="latent").images
     assert calls == [6] * 4
     own = ddim(
-        guided_model(teacher.unet, teacher.encode_prompts(PROMPTS), teacher.encode_prompts([""]), 2.5),
+        teacher.denoiser().guided({"text": teacher.encode_prompts(PROMPTS)}, 2.5),
         noise,
         schedule=teacher.schedule,
         prediction_type=teacher.prediction_type,
@@ -106,7 +104,7 @@ def test_decoded_pictures_are_the_pipelines_to_one_level(tmp_path: Path) -> None
         PROMPTS[:2], num_inference_steps=2, guidance_scale=4.0, latents=noise, output_type="np"
     ).images
     latents = ddim(
-        student_model(parts.unet, parts.encode_prompts(PROMPTS[:2]), 3.0),
+        parts.denoiser().conditional({"text": parts.encode_prompts(PROMPTS[:2])}, 3.0),
         noise,
         schedule=parts.schedule,
         prediction_type=parts.prediction_type,

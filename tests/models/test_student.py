@@ -22,7 +22,6 @@ from fewstep.models import (
     load_parts,
     make_student,
     read_student_info,
-    student_model,
     student_scheduler_config,
 )
 from tiny import tiny_student_folder
@@ -54,8 +53,11 @@ def test_a_new_student_is_the_conditional_teacher_bit_for_bit(teacher: TextToIma
     student = make_student(teacher.unet, embedding_dim=16)
     z, index = torch.randn(3, 4, 4, 4), torch.tensor([999, 400, 0])
     text = teacher.encode_prompts(["a red apple", "two birds", ""])
+    parts = teacher.with_network(student, teacher.scheduler_config)
     with torch.no_grad():
-        assert torch.equal(student_model(student, text, w)(z, index), teacher.unet(z, index, text).sample)
+        assert torch.equal(
+            parts.denoiser().conditional({"text": text}, w)(z, index), teacher.unet(z, index, text).sample
+        )
 
 
 def test_a_new_student_is_trainable_and_leaves_the_teacher_alone(teacher: TextToImageParts) -> None:
@@ -91,8 +93,8 @@ def test_w_tells_rows_apart(student_folder: Path) -> None:
     z, index = torch.randn(1, 4, 4, 4).expand(2, -1, -1, -1), torch.tensor([749, 749])
     text = parts.encode_prompts(["a red apple", "a red apple"])
     with torch.no_grad():
-        low, high = student_model(parts.unet, text, torch.tensor([0.0, 5.0]))(z, index)
-        both_low = student_model(parts.unet, text, 0.0)(z, index)
+        low, high = parts.denoiser().conditional({"text": text}, torch.tensor([0.0, 5.0]))(z, index)
+        both_low = parts.denoiser().conditional({"text": text}, 0.0)(z, index)
     assert float((low - high).abs().max()) > 1e-3
     torch.testing.assert_close(both_low[0], low, rtol=0, atol=1e-5)
 

@@ -30,7 +30,7 @@ def test_translation_is_encoding_and_decoding(student: LoadedModel, teacher: Any
         num_inference_steps=6,
     )
     assert torch.equal(noise, expected)
-    drawn = sample_student(student.denoiser, student.info, noise, target, w=2.0, clip_sample=False)
+    drawn = sample_student(student.denoiser, student.info, noise, target, w=2.0)
     got = translate(by_teacher, student, pictures, source=source, target=target, w=2.0)
     assert torch.equal(got, student.parts.decode(drawn))
     guided = encode(by_teacher, pictures, source, w=1.0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion import RowRandom, ddim_encode
+from fewstep.diffusion.prediction import from_sample
 from fewstep.errors import DataError, RecipeError
 from fewstep.models import (
     ClassModel,
@@ -194,7 +195,7 @@ def test_every_student_samples_from_its_folder(found: tuple[str, Recipe, Found],
                 num_inference_steps=facts["num_inference_steps"],
             )
         else:
-            z = sample_student(parts.denoiser(), info, noise, condition, w=1.0, clip_sample=False)
+            z = sample_student(parts.denoiser(), info, noise, condition, w=1.0)
         assert torch.isfinite(z).all()
         assert parts.decode(z).shape == (2, teacher.picture_channels, teacher.resolution, teacher.resolution)
         before[label] = parts.network.state_dict()
@@ -236,6 +237,18 @@ def test_dpm_solver_ends_where_the_exact_flow_does(teacher: ClassModel) -> None:
     noise = initial_noise([1, 2], teacher.sample_shape)
     exact = noise * deviation / (schedule.last_alpha**2 * deviation**2 + 1 - schedule.last_alpha**2) ** 0.5
     torch.testing.assert_close(_dpm_solver(teacher, network, noise, 50), exact, rtol=0, atol=0.01)
+
+
+def test_dpm_solver_keeps_pixels_in_their_range() -> None:
+    teacher = tiny_class_model()
+
+    def network(z: Tensor, time: Tensor) -> Tensor:
+        """What says that every pixel is 3."""
+        alpha, sigma = teacher.schedule.alpha_sigma(time, ndim=z.ndim)
+        return from_sample(torch.full_like(z, 3.0), z, alpha, sigma, teacher.prediction_type)
+
+    drawn = _dpm_solver(teacher, network, initial_noise([1, 2], teacher.sample_shape), 4)
+    torch.testing.assert_close(drawn, torch.ones_like(drawn), rtol=0, atol=1e-3)
 
 
 def test_the_teacher_from_nothing_has_a_vae_of_its_own(found: tuple[str, Recipe, Found], workplace: Workplace) -> None:
@@ -303,7 +316,6 @@ def test_a_dit_that_is_converted_to_v_stays_diffusers_own(storage: Storage, tmp_
         initial_noise([3], (4, 4, 4)),
         {"label": torch.tensor([1])},
         w=0.0,
-        clip_sample=False,
     )
     assert float((converted.decode(z) / 255 - theirs).abs().max()) < 0.003
 

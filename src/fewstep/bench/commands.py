@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import click
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from fewstep.bench.checked import checked
 from fewstep.bench.options import options
 from fewstep.bench.translation import translation
-from fewstep.errors import FewstepError
 from fewstep.plain_errors import plain_errors
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -176,7 +176,7 @@ def mixture(quick: bool, schedule: str, seed: int, as_json: bool) -> None:
     from fewstep.bench.mixture import run_mixture, to_markdown
     from fewstep.bench.mixture_run import QUICK, MixtureSettings
 
-    settings = MixtureSettings.model_validate({**(QUICK if quick else {}), "schedule": schedule, "seed": seed})
+    settings = checked(MixtureSettings, {**(QUICK if quick else {}), "schedule": schedule, "seed": seed})
     result = run_mixture(settings, say=lambda line: click.echo(line, err=True))
     click.echo(json.dumps(result, indent=2) if as_json else to_markdown(result))
 
@@ -201,16 +201,7 @@ def _one_of(named: Path | str | None, shape: str | None, *, what: str) -> None:
 def _settings(kind: type[Settings], options: dict[str, Any]) -> Settings:
     names = ("channels_last", "compile", "tf32", "cudnn_benchmark")
     tuning = {name: options.pop(name) for name in names}
-    try:
-        return kind.model_validate({**options, "tuning": tuning})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        words = str(fault["msg"]).removeprefix("Value error, ")
-        if not fault["loc"]:  # of options that do not go together
-            raise FewstepError(words) from error
-        name = str(fault["loc"][0]).replace("_", "-")
-        given = ",".join(fault["input"]) if isinstance(fault["input"], tuple) else fault["input"]
-        raise FewstepError(f"--{name} {given}: {words}") from error
+    return checked(kind, {**options, "tuning": tuning})
 
 
 def _command() -> str:

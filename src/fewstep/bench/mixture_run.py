@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fewstep.bench.plane import NUM_CLASSES, Plane
 from fewstep.diffusion import CosineSchedule, NoiseSchedule, RowRandom, ddim, stochastic
+from fewstep.diffusion.grid import check_ladder
 from fewstep.diffusion.samplers import Model
 from fewstep.distill import NaiveProgressiveObjective, ProgressiveObjective, step_target
 from fewstep.distill.jumps import follow
@@ -64,6 +65,25 @@ class MixtureSettings(BaseModel):
     num_points: int = Field(3000, gt=0, description="points of each measurement; a multiple of the 3 classes")
     teacher_steps: int = Field(1000, gt=0, description="guided steps of the teacher that students should equal")
     seed: int = Field(0, ge=0, description="seed of everything")
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureSettings:
+        for ladder in (self.ladder, self.naive):
+            if ladder:
+                check_ladder(ladder, first_teacher_steps=self.first_teacher_steps)
+        if len(self.ladder) < 2 or self.ladder[-1] != 1:
+            raise ValueError(
+                f"ladder {list(self.ladder)}: the last rung is trained with several budgets, so it must be of 1 step, "
+                "below another"
+            )
+        if self.encoder is not None and self.encoder not in self.ladder:
+            raise ValueError(f"encoder={self.encoder} is not in the ladder {list(self.ladder)}: its decoder is missing")
+        if self.num_points % NUM_CLASSES:
+            raise ValueError(f"num_points={self.num_points} is no multiple of the {NUM_CLASSES} classes")
+        outside = [w for w in (*self.weights, *self.held_out_weights, *self.single_w) if not 0 <= w <= self.w_max]
+        if outside:
+            raise ValueError(f"the weights {outside} are outside 0 … w_max={self.w_max:g}")
+        return self
 
 
 #: A short form for tests and a first look: half a minute of one core.

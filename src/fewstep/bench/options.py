@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fewstep.bench.checked import checked
 from fewstep.errors import ModelError, RecipeError
 from fewstep.plain_errors import plain_errors
 
@@ -194,12 +195,13 @@ def _with_interval(row: Mapping[str, Any], name: str, *, digits: int = 4, sign: 
 def options(file: Path | None, **values: Any) -> None:
     """Train one rung of the emoji ladder with each option from later work, and print what came of it as a table.
 
-    One CPU thread, about a quarter of an hour.
+    One CPU thread, about an hour.
     """
     from fewstep.bench.options_rung import OptionsSettings
 
     given = {name: value for name, value in values.items() if value not in (None, ())}
-    result = run_options(OptionsSettings(**given), say=lambda line: click.echo(line, err=True))
+    settings = checked(OptionsSettings, given, names={"num_inference_steps": "steps", "variants": "variant"})
+    result = run_options(settings, say=lambda line: click.echo(line, err=True))
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(options_table(result), nl=False)

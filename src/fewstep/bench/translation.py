@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import ValidationError
 
-from fewstep.errors import RecipeError
+from fewstep.bench.checked import checked
 from fewstep.plain_errors import plain_errors
 
 if TYPE_CHECKING:
@@ -112,11 +111,7 @@ def translation(recipe: Path, grid: Path | None, file: Path | None, **values: An
     from fewstep.workplace import open_workplace
 
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    try:
-        settings = TranslationSettings(**given)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise RecipeError(f"--{fault['loc'][0]} {fault['input']}: {fault['msg']}".replace("_", "-")) from error
+    settings = checked(TranslationSettings, given, names={"source": "from", "target": "to"})
     loaded = load_recipe(recipe)
     with open_workplace(loaded) as workplace:
         result = run_translation(loaded, workplace.storage, settings, grid=grid)

@@ -185,7 +185,3 @@ class DiscreteSchedule(NoiseSchedule):
             snr = (self.alphas / self.sigmas) ** 2
             self._on_device[device] = tuple(table.float().to(device) for table in (self.alphas, self.sigmas, snr))
         return self._on_device[device]
-
-    def add_noise(self, x: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """Return z_t = alpha_t x + sigma_t noise, float32, in x's shape; index is (B,)."""
-        return self.noise(x, noise, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import PredictionType, from_velocity
@@ -104,7 +105,10 @@ class Rung:
         if not self.denoising_weight:
             return each_row
         alpha, sigma = drawn.at_start
-        data = from_velocity(alpha * drawn.eps - sigma * drawn.x, z, alpha, sigma, self.prediction_type)
+        # The noise in the state that the network sees, which may be pure where the schedule leaves a trace of x. Near
+        # the clean end, where encoders begin, it is the drawn one, and the division would lose it.
+        eps = torch.where(sigma > 0.5, (z - alpha * drawn.x) / sigma.clamp_min(0.5), drawn.eps)
+        data = from_velocity(alpha * eps - sigma * drawn.x, z, alpha, sigma, self.prediction_type)
         denoising = self._weight(drawn) * row_error(output, data, self.error)
         figures["denoising_loss"] = denoising.detach().mean()
         return each_row + self.denoising_weight * as_large_as(denoising, each_row)

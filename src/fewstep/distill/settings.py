@@ -55,6 +55,12 @@ class GuidanceSettings(BaseModel):
                 "cannot bring along, so no stock pipeline could load them. Set single_w; or train stage one whole and "
                 "give lora to progressive, whose adapters then sit on the w-conditioned network of stage one"
             )
+        unused = sorted(self.model_fields_set & {"w_min", "w_max", "embedding_dim"})
+        if self.single_w is not None and unused:
+            raise ValueError(
+                f"{' and '.join(unused)} has no effect beside single_w={self.single_w:g}, a student without an input "
+                "for w: leave out one or the other"
+            )
         if self.w_min >= self.w_max:
             raise ValueError(
                 f"w_min={self.w_min:g} is not below w_max={self.w_max:g}: the range of guidance weights is upside down "
@@ -148,6 +154,9 @@ class ProgressiveSettings(BaseModel):
                 f"skip_level names {self.ladder[0]}, the ladder's first: its teacher is stage one; set "
                 f"first_teacher_steps={4 * self.ladder[0]} for longer jumps"
             )
+        kinds = {student_kind(kind) for kind in self.kinds}
+        if any(w < 0 for w in self.single_w) or len(set(self.single_w)) != len(self.single_w):
+            raise ValueError(f"single_w={list(self.single_w)}: weights must be 0 or more, each named once")
         if ("single_w" in self.kinds) != bool(self.single_w):
             raise ValueError(
                 f"kinds {list(self.kinds)} and single_w {list(self.single_w)} do not fit: name single_w among the "
@@ -159,7 +168,7 @@ class ProgressiveSettings(BaseModel):
                     student_kind(kind),
                     steps,
                     teacher_steps=self.teacher_of(steps)[1],
-                    start_times=self.start_times.get(steps) if kind == "deterministic" else None,
+                    start_times=self.start_times.get(steps) if student_kind(kind) == "deterministic" else None,
                 )
         for steps, start_times in self.start_times.items():
             taught_by, teacher_steps = self.teacher_of(steps)
@@ -171,11 +180,33 @@ class ProgressiveSettings(BaseModel):
                     f"steps would have to jump where it never learned to; give it start_times too "
                     f"({{{teacher_steps}: {math.lcm(start_times, teacher_steps)}}})"
                 )
-        if self.trajectory_inputs and "deterministic" not in self.kinds:
+            if self.trajectory_inputs and taught_by is not None:
+                raise ValueError(
+                    f"start_times[{steps}]={start_times} cannot be used with trajectory_inputs: from pure noise down "
+                    "to these times its teacher would make jumps that it never learned; leave out one"
+                )
+        for key, given, wanted in (
+            ("trajectory_inputs", self.trajectory_inputs, {"deterministic"}),
+            ("start_times", bool(self.start_times), {"deterministic"}),
+            ("pure_noise_at_end", self.pure_noise_at_end, {"deterministic", "stochastic"}),
+            ("guided_share", self.guided_share != 1.0, {"naive"}),
+        ):
+            if given and not kinds & wanted:
+                raise ValueError(
+                    f"{key} has no effect on the ladders {list(self.kinds)}: it is for {' and '.join(sorted(wanted))} "
+                    "students; leave it out, or add such a ladder to kinds"
+                )
+        others = {steps: kind for steps, kind in self.prediction_type.items() if kind != "v_prediction"}
+        if others and "encoder" in self.kinds:
             raise ValueError(
-                f"trajectory_inputs is for the deterministic ladder, and kinds is {list(self.kinds)}: leave it out"
+                f"prediction_type {others} cannot be used for encoders, which output v_prediction: near the clean "
+                "picture an error of x̂ or eps-hat would be multiplied by thousands; leave out encoder or the types"
             )
-        for key, unwanted in (("error=features", self.error == "features"), ("lora", self.lora is not None)):
+        for key, unwanted in (
+            ("error=features", self.error == "features"),
+            ("lora", self.lora is not None),
+            ("prediction_type", bool(self.prediction_type)),
+        ):
             if unwanted and "naive" in self.kinds:
                 raise ValueError(
                     f"{key} is not for the naive ladder, and kinds is {list(self.kinds)}: leave out one of the two"

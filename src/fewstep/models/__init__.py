@@ -16,7 +16,7 @@ from fewstep.models.inpainting import InpaintingParts, add_inpainting, check_mas
 from fewstep.models.latent import ClipParts, LatentParts
 from fewstep.models.load import TextToImageModel, load_model, load_parts, load_text_to_image
 from fewstep.models.parts import Parts
-from fewstep.models.sampling import SeededNoise, guided_model, initial_noise, sample_student, student_model
+from fewstep.models.sampling import SeededNoise, initial_noise, sample_student
 from fewstep.models.sdxl import SDXLParts
 from fewstep.models.student import (
     StudentInfo,
@@ -61,7 +61,6 @@ __all__ = [
     "copy_unet",
     "fresh_text_model",
     "guidance_embedding",
-    "guided_model",
     "initial_noise",
     "load_model",
     "load_parts",
@@ -70,7 +69,6 @@ __all__ = [
     "read_student_info",
     "sample_student",
     "save_student",
-    "student_model",
     "student_scheduler_config",
     "text_denoiser",
 ]

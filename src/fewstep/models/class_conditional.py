@@ -132,6 +132,8 @@ class ClassModel(Parts):
             prediction_type=self.prediction_type,
             condition_names=("label",),
             null={"label": torch.tensor([self.num_classes])} if guided else {},
+            # Latents have no bounds.
+            clip_sample=not self.stores_latents and bool(self.scheduler_config.get("clip_sample", True)),
         )
 
     @staticmethod

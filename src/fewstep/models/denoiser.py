@@ -39,6 +39,8 @@ class Denoiser:
         null: what replaces a part of the condition in the unconditional branch, one row each; parts that are not named
             (sizes, masks) stay. Empty for a model that has no unconditional branch.
         condition_names: the parts of the condition.
+        clip_sample: x̂ is kept within [−1, 1] while sampling, as its scheduler says of pictures in pixels; targets of
+            training never are.
     """
 
     network: Any
@@ -47,6 +49,7 @@ class Denoiser:
     prediction_type: PredictionType
     condition_names: tuple[str, ...]
     null: Condition = field(default_factory=dict)
+    clip_sample: bool = False
 
     @property
     def embedding_dim(self) -> int | None:

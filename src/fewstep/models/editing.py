@@ -109,13 +109,20 @@ class LoadedModel:
                 raise SamplingError(f"{rows} pictures but {len(value)} rows of the condition {name}: give one for each")
 
     def check_weight(self, w: Weight, *, extrapolate: bool) -> None:
-        """Refuse a guidance weight that the student was not made for; schedules and one weight a picture are taken.
+        """Refuse a guidance weight that the student was not made for: a number, one of several, or of a schedule's at
+        the times of its steps.
 
         Raises:
             SamplingError: naming the range.
         """
-        if self.info is not None and not isinstance(w, Tensor) and not callable(w):
-            self.info.check(num_inference_steps=self.steps, guidance_scale=1 + w, extrapolate=extrapolate)
+        if self.info is None:
+            return
+        if callable(w):
+            schedule = self.denoiser.schedule
+            w = w(schedule.fraction(schedule.times(self.steps)[1:]))
+        # The largest last: the first that is outside is the one that is named.
+        for weight in [float(w.min()), float(w.max())] if isinstance(w, Tensor) else [w]:
+            self.info.check(num_inference_steps=self.steps, guidance_scale=1 + weight, extrapolate=extrapolate)
 
 
 @torch.no_grad()
@@ -163,7 +170,6 @@ def image_to_image(
         z,
         condition,
         w=w,
-        clip_sample=not model.parts.stores_latents,
         noise=lambda step: noise.draw(),
         num_inference_steps=model.num_inference_steps,
         start=start,
@@ -237,7 +243,6 @@ def inpaint(
         z,
         condition,
         w=w,
-        clip_sample=not parts.stores_latents,
         noise=lambda step: noise.draw(),
         num_inference_steps=model.num_inference_steps,
         start=start,

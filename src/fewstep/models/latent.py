@@ -17,6 +17,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from fewstep.models.folder import check_components, load_network, read_scheduler
 from fewstep.models.parts import Parts, pixels_of
 
+#: Of pictures that are decoded together: 4 of 1024 px, whose activations take some 12 GiB in float32.
+_PIXELS_AT_ONCE = 4 * 1024**2
+
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
@@ -79,7 +82,8 @@ class LatentParts(Parts):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures of scaled latents (B, C, h, w): uint8 (B, 3, H, W)."""
         x = (latents / self.vae.config["scaling_factor"]).to(self.vae.device, self.vae.dtype)
-        return pixels_of(self.vae.decode(x).sample)
+        at_once = max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3] * self.vae_scale_factor**2))
+        return torch.cat([pixels_of(self.vae.decode(part).sample) for part in x.split(at_once)])
 
 
 @dataclass(kw_only=True)

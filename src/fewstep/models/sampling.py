@@ -7,53 +7,14 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
-from fewstep.diffusion.guidance import WeightSchedule, guide
+from fewstep.diffusion.guidance import WeightSchedule
 from fewstep.diffusion.random import RowRandom
-from fewstep.diffusion.samplers import Callback, Model, ddim, stochastic
+from fewstep.diffusion.samplers import Callback, ddim, stochastic
 from fewstep.errors import SamplingError
 from fewstep.models.denoiser import Condition, Denoiser
-from fewstep.models.embedding import guidance_embedding
 from fewstep.models.student import StudentInfo
-
-
-def guided_model(unet: UNet2DConditionModel, conditional: Tensor, unconditional: Tensor, w: Tensor | float) -> Model:
-    """Return the classifier-free-guided network; both branches run in one batch of 2B.
-
-    Args:
-        unet: the teacher.
-        conditional: text embeddings of the prompts, (B, L, D).
-        unconditional: embedding of the null prompt, (1, L, D) or (B, L, D).
-        w: guidance weight, a number or (B,).
-    """
-    embeddings = torch.cat([conditional, unconditional.expand_as(conditional)])
-
-    def model(z: Tensor, index: Tensor) -> Tensor:
-        # In float32: w would otherwise be rounded to the network's precision, which the student's own w is not.
-        output = unet(torch.cat([z, z]).to(unet.dtype), torch.cat([index, index]), embeddings).sample.float()
-        with_prompt, without = output.chunk(2)
-        return guide(with_prompt, without, w)
-
-    return model
-
-
-def student_model(unet: UNet2DConditionModel, conditional: Tensor, w: Tensor | float) -> Model:
-    """Return the w-conditioned student: one evaluation for each picture and step.
-
-    Args:
-        unet: a U-Net with `time_cond_proj_dim`.
-        conditional: text embeddings of the prompts, (B, L, D).
-        w: guidance weight, a number or (B,).
-    """
-    weights = w if isinstance(w, Tensor) else torch.full((conditional.shape[0],), w, device=conditional.device)
-    embedding = guidance_embedding(weights, unet.config["time_cond_proj_dim"]).to(unet.dtype)
-
-    def model(z: Tensor, index: Tensor) -> Tensor:
-        return unet(z.to(unet.dtype), index, conditional, timestep_cond=embedding).sample
-
-    return model
 
 
 class SeededNoise:
@@ -114,7 +75,6 @@ def sample_student(
     condition: Condition,
     *,
     w: Tensor | float | WeightSchedule,
-    clip_sample: bool,
     seed: int = 0,
     noise: Callable[[int], Tensor] | None = None,
     num_inference_steps: int | None = None,
@@ -130,7 +90,6 @@ def sample_student(
         z: (B, C, h, w) noise, or a noised picture at t = start.
         condition: B rows.
         w: guidance weight, a number, (B,) or w(t); without effect on a student of a single one.
-        clip_sample: keep x̂ within [−1, 1], for pictures in pixels.
         seed: of the stochastic sampler's noise, row by row.
         noise: that noise itself instead, called with the number of the step.
         num_inference_steps: N, for a teacher or a student of stage one.
@@ -139,7 +98,7 @@ def sample_student(
         callback: called after each step.
 
     Raises:
-        SamplingError: no number of steps, or an encoder.
+        SamplingError: no number of steps, an encoder, or a start that is none of the student's times.
     """
     if info is not None:
         info.check_kind("making pictures of noise", "deterministic", "stochastic", "naive")
@@ -148,11 +107,12 @@ def sample_student(
         w = w.to(z.device)
     network = (model.guided if is_guided(info, takes_weight=takes_weight) else model.conditional)(condition, w)
     steps = number_of_steps(info, num_inference_steps)
+    _check_start(info, start, steps)
     common: dict[str, Any] = {
         "schedule": model.schedule,
         "prediction_type": model.prediction_type,
         "num_inference_steps": steps,
-        "clip_sample": clip_sample,
+        "clip_sample": model.clip_sample,
         "constrain": constrain,
         "callback": callback,
     }
@@ -165,3 +125,12 @@ def sample_student(
             return random.normal(*z.shape[1:])
 
     return stochastic(network, z, noise=noise, steps_to_run=int(start * steps), **common)
+
+
+def _check_start(info: StudentInfo | None, start: Fraction, steps: int) -> None:
+    times = steps if info is None or info.start_times is None else info.start_times
+    if not 0 < start <= 1 or (start * times).denominator != 1:
+        raise SamplingError(
+            f"start={start} is none of the times that this model starts a step from: it must be a multiple of "
+            f"1/{times} above 0, up to 1"
+        )

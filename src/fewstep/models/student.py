@@ -79,8 +79,7 @@ class StudentInfo:
     """What a student was made for; `fewstep.json` in its folder.
 
     Attributes:
-        stage: "guidance" (stage one, any step count), "progressive" (stage two, one step count), or "convert" (a
-            teacher of another prediction type; guided still).
+        stage: "guidance" (stage one, any step count) or "progressive" (stage two, one step count).
         num_inference_steps: the N it was trained for; None for stage one.
         w_min, w_max: range of the guidance weight in training (guidance_scale − 1).
         guidance_scale: default for sampling.

@@ -142,7 +142,6 @@ def _decode(model: LoadedModel, noise: Tensor, condition: Condition, w: Weight) 
         noise.to(model.parts.device),
         condition,
         w=w,
-        clip_sample=not model.parts.stores_latents,
         num_inference_steps=model.num_inference_steps,
     )
 

@@ -170,11 +170,12 @@ def _evaluate(recipe: Recipe, shape: Shape) -> Passes:
     if recipe.evaluate_classes is not None:
         classes = recipe.evaluate_classes
         kinds = recipe.progressive.kinds if recipe.progressive is not None else ()
+        singles = recipe.progressive if "single_w" in kinds else None
         table = table_specs(
             reference_steps=classes.reference_steps,
             weights=classes.weights,
             steps=classes.steps,
-            single_w=(),
+            single_w=() if singles is None else [w for w in classes.weights if w in singles.single_w],
             stochastic="stochastic" in kinds,
         )
         samples, rows = classes.num_pictures, len(table)

@@ -54,7 +54,6 @@ def sample_pixels(
         noise.draw(),
         parts.conditions([{"caption": prompt} for prompt in prompts]),
         w=w,
-        clip_sample=not parts.stores_latents,
         noise=lambda step: noise.draw(),
         num_inference_steps=num_inference_steps,
     )

@@ -105,7 +105,9 @@ def evaluate_models(
     recipe = recipe.model_copy(update={"evaluate": settings})
     with tracker.run(f"evaluate {recipe.name}", key=f"evaluate/{recipe.digest()}/{'/'.join(students)}") as run:
         context = StageContext(recipe=recipe, storage=storage, tracker=tracker, run=run, parent=run.id, out=out)
-        return write_report(_compare(context, pin_teacher(context), found), out, title=f"fewstep · {recipe.name}")
+        # Of the same teacher as the stage: what convert made of it, where the recipe converts it.
+        teacher = context.teacher() if "convert" in recipe.stages else pin_teacher(context)
+        return write_report(_compare(context, teacher, found), out, title=f"fewstep · {recipe.name}")
 
 
 def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Path]) -> Comparison:
@@ -131,7 +133,12 @@ def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Pat
         if info is not None:
             info.check_kind("this comparison", "deterministic")
             info.check(num_inference_steps=steps, guidance_scale=settings.guidance_scale)
-        models[steps] = student.denoiser()
+        model = models[steps] = student.denoiser()
+        if model.embedding_dim is None and (info is None or not info.has_single_w):
+            raise ModelError(
+                f"the student in {folder} has no time_cond_proj_dim, so it takes no guidance weight, and is of no "
+                "single one: use the network that the guidance and progressive stages made"
+            )
     features = Lite0Features(num_threads=settings.num_threads)
     scorer = AlignmentScorer(image_features=features).fit(*_read(context, "alignment", teacher.resolution)[:2])
     each = settings.num_prompts

@@ -17,6 +17,7 @@ from fewstep.data.emoji.dataset import Split
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion import CosineSchedule, RowRandom, ddim, stochastic
+from fewstep.diffusion.prediction import from_sample, to_sample
 from fewstep.diffusion.samplers import Model
 from fewstep.errors import RecipeError
 from fewstep.evaluate.baselines import dpm_solver
@@ -112,16 +113,26 @@ def _classifier(context: StageContext, teacher: ClassModel) -> PictureClassifier
         resolution=teacher.resolution,
         num_classes=teacher.num_classes,
         settings=settings.classifier,
+        device=teacher.device,
     ).fit(pixels, labels)
     return classifier
 
 
 def _pictures(context: StageContext, split: Split, teacher: ClassModel, count: int) -> tuple[Tensor, Tensor]:
-    shards = read_index(context.shards(split), storage=context.storage).shards
+    index = read_index(context.shards(split), storage=context.storage)
     counts = SampleCounts(context.recipe.stream.max_bad_share)
     decode = picture_decoder(teacher)
-    samples = list(islice(iterate_samples(shards, storage=context.storage, decode=decode, counts=counts), count))
-    return torch.stack([s["pixels"] for s in samples]), torch.stack([s["label"] for s in samples])
+    read = islice(iterate_samples(index.shards, storage=context.storage, decode=decode, counts=counts), count)
+    if index.num_samples is not None:
+        count = min(count, index.num_samples)
+    # In place: a list of them beside their stack would take twice the memory, some 24 GB at 256 px.
+    pixels = torch.empty(count, teacher.picture_channels, teacher.resolution, teacher.resolution, dtype=torch.uint8)
+    labels = torch.empty(count, dtype=torch.int64)
+    found = 0
+    for sample in read:
+        pixels[found], labels[found] = sample["pixels"], sample["label"]
+        found += 1
+    return pixels[:found], labels[:found]
 
 
 class _Sampler:
@@ -172,7 +183,7 @@ class _Sampler:
             "schedule": model.schedule,
             "prediction_type": model.prediction_type,
             "num_inference_steps": n,
-            "clip_sample": not parts.stores_latents,
+            "clip_sample": model.clip_sample,
         }
         if spec.method == "dpmpp":
             z = _dpm_solver(parts, network, noise, n)
@@ -200,5 +211,11 @@ def _dpm_solver(parts: ClassModel, network: Model, z: Tensor, num_inference_step
     scheduler.set_timesteps(num_inference_steps, device=z.device)
     for t in scheduler.timesteps:
         at = times[int(t)].to(z.device).expand(z.shape[0])
-        z = scheduler.step(network(z, at).float(), t, z, return_dict=False)[0]
+        output = network(z, at).float()
+        if parts.denoiser().clip_sample:
+            # As the other samplers do; diffusers' scheduler knows thresholding alone.
+            alpha_sigma = schedule.alpha_sigma(at, ndim=z.ndim)
+            x = to_sample(output, z, *alpha_sigma, parts.prediction_type).clamp(-1, 1)
+            output = from_sample(x, z, *alpha_sigma, parts.prediction_type)
+        z = scheduler.step(output, t, z, return_dict=False)[0]
     return z

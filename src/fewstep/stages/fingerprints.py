@@ -52,6 +52,9 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     elif stage == "evaluate":
         judged = recipe.evaluate_classes or recipe.evaluate
         inputs |= {"settings": _dump(judged), "progressive": fingerprint(recipe, "progressive")}
+        if recipe.evaluate_classes is not None:
+            # Its batch size trains it.
+            inputs["classifier"] = recipe.evaluate_classes.classifier.model_dump(mode="json", exclude={"num_threads"})
         inputs["alignment"] = split_fingerprint(recipe, "alignment")
     else:
         inputs |= {"settings": _dump(recipe.register_), "evaluate": fingerprint(recipe, "evaluate")}
@@ -87,7 +90,10 @@ def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: s
         teacher_digest: `folder_digest` of the teacher.
         masks: masks are drawn for the pictures, which depend on the recipe's seed.
     """
-    inputs = {"settings": _dump(recipe.encode), "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
+    settings = _dump(recipe.encode)
+    if not masks:
+        del settings["masks"]
+    inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
     return digest(inputs | ({"seed": recipe.seed} if masks else {}))
 
 
@@ -129,6 +135,22 @@ def convert_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: 
     )
 
 
+def guided_pair_fingerprint(recipe: Recipe, *, w: float | None, teacher_digest: str, latents_digest: str) -> str:
+    """Return a digest of what a ladder that begins with the guided teacher depends on before its first rung, as the
+    others do on stage one's; arguments as for `guidance_fingerprint` and `rung_fingerprint`."""
+    assert recipe.guidance is not None
+    return digest(
+        {
+            "weights": list(recipe.guidance.weights) if w is None else [w, w],
+            "teacher": teacher_digest,
+            "latents": latents_digest,
+            "stream": _order(recipe),
+            "seed": recipe.seed,
+            "format": _FORMAT,
+        }
+    )
+
+
 def rung_fingerprint(
     recipe: Recipe, kind: LadderKind, num_inference_steps: int, *, w: float | None = None, before: str
 ) -> str:
@@ -139,7 +161,8 @@ def rung_fingerprint(
         kind: of the ladder.
         num_inference_steps: the rung.
         w: the weight of a single-w ladder.
-        before: fingerprint of the rung before it; of stage one for the first.
+        before: fingerprint of the rung before it; for the first that of stage one or, in ladders without it,
+            `guided_pair_fingerprint`.
     """
     assert recipe.progressive is not None
     stage = recipe.progressive

@@ -40,7 +40,7 @@ def picture_grid(context: StageContext, student_uri: str) -> Image.Image:
     if info.kind == "encoder":
         random = RowRandom(seed=0, step=0, rows=range(len(samples)), device=device)
         noise = ddim_encode(
-            model.conditional(model.condition_of(batch), w),
+            model.conditional(model.condition_of(batch), max(0.0, info.w_min)),
             draw_clean(batch, random),
             schedule=model.schedule,
             prediction_type=model.prediction_type,
@@ -61,7 +61,6 @@ def picture_grid(context: StageContext, student_uri: str) -> Image.Image:
             initial_noise(range(len(samples)), parts.sample_shape, device=device),
             model.condition_of(batch),
             w=w,
-            clip_sample=not parts.stores_latents,
         )
     return _sheet(parts, z)
 

@@ -15,6 +15,7 @@ from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.data.stream import stack_samples
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import GuidanceObjective, GuidedError, guided_relative_error
+from fewstep.distill.ladders import check_ladders
 from fewstep.distill.settings import GuidanceSettings
 from fewstep.errors import RecipeError
 from fewstep.models import Parts, StudentInfo, load_model, save_student
@@ -41,6 +42,8 @@ def guidance(context: StageContext) -> dict[str, Any]:
     check_lora(recipe)
     encoded = context.artifact("encode").facts
     teacher = TeacherSource(context.teacher(), storage, context.tracker.settings)
+    if recipe.progressive is not None:
+        check_ladders(recipe.progressive, teacher.load().denoiser(), prediction_type=settings.prediction_type)
     w_min, w_max = settings.weights
     info = StudentInfo(
         stage="guidance",

@@ -14,7 +14,7 @@ from fewstep.models import StudentInfo, load_model, read_student_info
 from fewstep.models.lora import LoraSettings, adapters_in, lora_student
 from fewstep.stages.batches import sample_batches
 from fewstep.stages.context import StageContext
-from fewstep.stages.fingerprints import rung_fingerprint
+from fewstep.stages.fingerprints import guided_pair_fingerprint, rung_fingerprint
 from fewstep.stages.grids import picture_grid
 from fewstep.stages.guidance import TeacherSource, check_lora, export_student
 from fewstep.storage import Storage, join
@@ -58,7 +58,13 @@ def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[
         "prediction_type": recipe.guidance.prediction_type,
     }
     if without_stage_one:
-        first = {"uri": teacher.uri, "fingerprint": context.teacher_digest(), "prediction_type": None}
+        before_all = guided_pair_fingerprint(
+            recipe,
+            w=w,
+            teacher_digest=context.teacher_digest(),
+            latents_digest=context.artifact("encode").facts["train"]["digest"],
+        )
+        first = {"uri": teacher.uri, "fingerprint": before_all, "prediction_type": None}
     rungs: dict[int | None, dict[str, Any]] = {None: first}
     # Adapters of stage one sit on the teacher, and those of its rungs go on from them.
     lora_base = None

@@ -54,7 +54,7 @@ def register(context: StageContext) -> dict[str, Any]:
                 tags={
                     "num_inference_steps": str(steps),
                     "teacher": context.teacher(),
-                    "teacher_digest": encoded["teacher_digest"],
+                    "teacher_digest": context.teacher_digest(),
                     "data_digest": encoded["train"]["source_digest"],
                     "fingerprint": registered_as,
                     "recipe": recipe.name,

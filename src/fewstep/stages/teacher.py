@@ -87,6 +87,8 @@ def teacher(context: StageContext) -> dict[str, Any]:
         seed=recipe.seed,
         label="encode for the teacher",
     )
+    tokenizers = {name: (begin, folder) for name, folder in joint_tokenizers(parts).items()}
+    del parts  # the worker may need all of the GPU
     network = train_teacher_network(
         context,
         settings.train,
@@ -94,7 +96,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
         batches=partial(
             latent_batches,
             latents,
-            tokenizers={name: (begin, folder) for name, folder in joint_tokenizers(parts).items()},
+            tokenizers=tokenizers,
             condition_names=stored,
         ),
         export=partial(_export_teacher, begin, context.storage),

@@ -21,6 +21,7 @@ from fewstep.storage import join
 from fewstep.storage.faults import is_full
 from fewstep.train.board import Notes, make_board
 from fewstep.train.cluster import local_ray, worker_group
+from fewstep.train.device import free_device_memory
 from fewstep.train.job import TrackerHandle, TrainJob, TrainResult
 from fewstep.train.lease import lease
 from fewstep.train.progress import ProgressPrinter, Watcher
@@ -67,6 +68,7 @@ def run_training(
 
 
 def _run(job: TrainJob, *, cluster: ClusterSettings, storage: Storage, uri: str, tracker: TrackerHandle | None) -> None:
+    free_device_memory()  # of the driver's own work: a worker on the same GPU may need all of it
     with local_ray(cluster):
         board = make_board()
         trainer = _trainer(job, cluster=cluster, storage=storage, uri=uri, tracker=tracker, board=board)

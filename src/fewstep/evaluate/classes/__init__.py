@@ -22,7 +22,7 @@ from fewstep.evaluate.classes.rows import (
 )
 from fewstep.evaluate.classes.schema import METHOD_NAMES, ClassMethod, ClassReport, ClassResult, ClassRowSpec
 from fewstep.evaluate.classes.settings import ClassCompareSettings
-from fewstep.evaluate.classes.sliced import sliced_wasserstein, sliced_wasserstein_with_interval
+from fewstep.evaluate.classes.sliced import sliced_wasserstein
 from fewstep.evaluate.classes.tables import all_tables, metric_table, to_markdown
 
 __all__ = [
@@ -53,7 +53,6 @@ __all__ = [
     "metric_table",
     "read_class_report",
     "sliced_wasserstein",
-    "sliced_wasserstein_with_interval",
     "table_specs",
     "to_markdown",
     "write_class_report",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import DataError
-from fewstep.evaluate.classes.jackknife import Measured, make_groups, two_sets
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, *, num_directions: int = 128, seed: int = 0) -> float:
@@ -39,20 +38,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, num_directions: int = 128, seed:
     left, right, width = _common_steps(x.shape[0], y.shape[0])
     squares = width @ (first[left] - second[right]).square()
     return math.sqrt(float(squares.mean()))
-
-
-def sliced_wasserstein_with_interval(x: Tensor, y: Tensor, *, num_directions: int = 128, seed: int = 0) -> Measured:
-    """Return the distance with its jackknife interval; otherwise as `sliced_wasserstein`.
-
-    Raises:
-        DataError: as there, or fewer than 20 points.
-    """
-    groups_x, groups_y = make_groups(x.shape[0], seed=seed), make_groups(y.shape[0], seed=seed + 1)
-
-    def distance(a: Tensor, b: Tensor) -> float:
-        return sliced_wasserstein(a, b, num_directions=num_directions, seed=seed)
-
-    return two_sets(distance, x, y, groups_x=groups_x, groups_y=groups_y)
 
 
 def _directions(dim: int, count: int, seed: int) -> Tensor:

@@ -115,7 +115,7 @@ def test_updates_reduce_the_loss(
 
 def test_eps_at_zero_terminal_snr_is_refused() -> None:
     teacher = tiny_teacher(prediction_type="epsilon")
-    with pytest.raises(ModelError, match="prediction_type=epsilon cannot be used with rescale_betas_zero_snr"):
+    with pytest.raises(ModelError, match="prediction_type=epsilon cannot be used on a schedule that ends at alpha = 0"):
         _objective(teacher)
     _objective(tiny_teacher(prediction_type="epsilon", rescale_betas_zero_snr=False))
 

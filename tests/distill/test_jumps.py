@@ -306,6 +306,9 @@ def test_ladders_that_a_teacher_cannot_be_taken_down_are_told_before_stage_one()
         check_ladders(ProgressiveSettings(kinds=("encoder",)), teacher)
     with pytest.raises(ModelError, match="error=features compares in the down blocks"):
         check_ladders(ProgressiveSettings(error="features"), teacher)
+    for schedule, alpha in (("cosine", "4.5e-05"), ("zero terminal snr", "0")):
+        with pytest.raises(ModelError, match=f"cannot be used on a schedule that ends at alpha = {alpha} "):
+            check_ladders(ProgressiveSettings(prediction_type={1: "epsilon"}), field_denoiser(schedule, "v_prediction"))
     # Continuous times have room for any number.
     check_ladders(ProgressiveSettings(ladder=(1024, 512)), field_denoiser("cosine", "v_prediction"))
 

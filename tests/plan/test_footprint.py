@@ -14,9 +14,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.diffusion import NoiseSchedule
+from fewstep.diffusion.samplers import Model
+from fewstep.models import SCHEDULER_CONFIG, make_student
+from fewstep.models.text_latent import text_denoiser
 from fewstep.plan.autocast import CudaRules
 from fewstep.plan.footprint import forward_footprint, update_footprint
 
+SCHEDULE = NoiseSchedule.from_scheduler_config(SCHEDULER_CONFIG)
 SMALL_UNET: dict[str, Any] = {
     "sample_size": 16,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -179,3 +184,23 @@ def test_checkpointing_computes_again_and_keeps_less() -> None:
     assert usual.flops < again.flops <= usual.flops + forward.flops
     assert again.peak_bytes(100) < 0.6 * usual.peak_bytes(100)
     assert not meta.is_gradient_checkpointing
+
+
+def test_a_student_needs_half_the_activations_of_the_guided_pair() -> None:
+    """Claim 23: one evaluation of B rows in place of one of 2B, in a real pass and in what the plan counts."""
+    unet, rows = small_unet("cpu").eval().requires_grad_(False), 24
+    student = make_student(unet, embedding_dim=16).eval().requires_grad_(False)
+    sample = {"latents": torch.zeros(rows, 4, 16, 16), "text": torch.zeros(rows, 8, 32)}
+    null = torch.zeros(1, 8, 32)
+    teacher = text_denoiser(unet, null_embedding=null, schedule=SCHEDULE, prediction_type="v_prediction")
+    learned = text_denoiser(student, null_embedding=None, schedule=SCHEDULE, prediction_type="v_prediction")
+    condition, time = {"text": sample["text"]}, torch.zeros(rows, dtype=torch.int64)
+
+    def peak(model: Model) -> int:
+        with torch.no_grad():
+            return peak_of(lambda: model(sample["latents"], time))
+
+    pair, alone = peak(teacher.guided(condition, 3.0)), peak(learned.conditional(condition, 3.0))
+    assert alone == pytest.approx(pair / 2, rel=0.05)
+    counted = forward_footprint(calls_of(small_unet("meta"), "meta"), small_unet("meta"), bfloat16=False)
+    assert counted.peak_bytes(2 * rows) == pytest.approx(2 * counted.peak_bytes(rows), rel=0.05)

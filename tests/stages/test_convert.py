@@ -92,7 +92,7 @@ def test_a_conversion_into_the_same_is_refused(source: TeacherSource) -> None:
 
 def test_eps_with_zero_terminal_snr_is_refused(source: TeacherSource) -> None:
     settings = _settings(prediction_type="epsilon", rescale_betas_zero_snr=True)
-    with pytest.raises(ModelError, match="prediction_type=epsilon cannot be used with rescale_betas_zero_snr"):
+    with pytest.raises(ModelError, match="prediction_type=epsilon cannot be used on a schedule that ends at alpha = 0"):
         converted_config(settings, source.load())
 
 

@@ -147,7 +147,7 @@ def test_a_model_learns_to_output_something_else(run: Callable[..., Any], tmp_pa
     assert begin.prediction_type == parts.prediction_type == "epsilon"
     assert parts.schedule.last_alpha > 0
     assert _changed(begin, parts, "unet")
-    with pytest.raises(ModelError, match="epsilon cannot be used with rescale_betas_zero_snr"):
+    with pytest.raises(ModelError, match="epsilon cannot be used on a schedule that ends at alpha = 0"):
         run(init=str(tmp_path / "text"), prediction_type="epsilon")
 
 

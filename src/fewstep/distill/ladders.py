@@ -9,6 +9,7 @@ from torch import nn
 from fewstep.diffusion.grid import check_ladder
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.schedule import DiscreteSchedule
+from fewstep.distill.guidance import refuse_epsilon_without_signal
 from fewstep.distill.settings import ProgressiveSettings
 from fewstep.errors import ModelError, RecipeError
 from fewstep.models.denoiser import Denoiser
@@ -26,7 +27,8 @@ def check_ladders(
 
     Raises:
         RecipeError: more steps, or extra start times, than there are times.
-        ModelError: encoders of a network that does not output v; features of a network without down blocks.
+        ModelError: eps where alpha vanishes; encoders of a network that does not output v; features of a network without
+            down blocks.
     """
     if isinstance(teacher.schedule, DiscreteSchedule):
         count = teacher.schedule.num_train_timesteps
@@ -40,6 +42,8 @@ def check_ladders(
                     "more factors with its steps"
                 )
     outputs = prediction_type or teacher.prediction_type
+    for each in (teacher.prediction_type, outputs, *settings.prediction_type.values()):
+        refuse_epsilon_without_signal(teacher.schedule, each)
     if "encoder" in settings.kinds and outputs != "v_prediction":
         raise ModelError(
             f"kinds has encoder, and its ladder begins with a network that outputs {outputs}: encoders need "

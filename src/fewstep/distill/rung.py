@@ -11,7 +11,7 @@ from fewstep.diffusion.prediction import PredictionType, from_velocity
 from fewstep.diffusion.random import RowRandom
 from fewstep.distill.clean import draw_clean
 from fewstep.distill.errors import ErrorName, as_large_as, row_error
-from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
+from fewstep.distill.guidance import refuse_epsilon_without_signal
 from fewstep.distill.jumps import Jumps
 from fewstep.distill.objective import Batch
 from fewstep.distill.weights import LossWeight, output_weight
@@ -69,7 +69,7 @@ class Rung:
         denoising_weight: float,
     ) -> None:
         for each in (teacher.prediction_type, prediction_type):
-            refuse_epsilon_at_zero_snr(teacher.schedule, each)
+            refuse_epsilon_without_signal(teacher.schedule, each)
         self.of_teacher = teacher
         self.teacher: nn.Module = teacher.network.requires_grad_(False).eval()
         self.network = network

@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.diffusion import NoiseSchedule
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import DenoisingObjective
-from fewstep.distill.guidance import refuse_epsilon_at_zero_snr
+from fewstep.distill.guidance import refuse_epsilon_without_signal
 from fewstep.errors import RecipeError
 from fewstep.models import Parts, copy_unet
 from fewstep.stage_settings import ConvertStage
@@ -97,7 +97,7 @@ def changed_config(
         config["prediction_type"] = prediction_type
     if rescale_betas_zero_snr is not None:
         config["rescale_betas_zero_snr"] = rescale_betas_zero_snr
-    refuse_epsilon_at_zero_snr(NoiseSchedule.from_scheduler_config(config), config["prediction_type"])
+    refuse_epsilon_without_signal(NoiseSchedule.from_scheduler_config(config), config["prediction_type"])
     return config
 
 

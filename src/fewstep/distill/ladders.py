@@ -27,8 +27,8 @@ def check_ladders(
 
     Raises:
         RecipeError: more steps, or extra start times, than there are times.
-        ModelError: eps where alpha vanishes; encoders of a network that does not output v; features of a network without
-            down blocks.
+        ModelError: eps where alpha vanishes; encoders of a network that does not output v; features without down
+            blocks.
     """
     if isinstance(teacher.schedule, DiscreteSchedule):
         count = teacher.schedule.num_train_timesteps

@@ -17,6 +17,7 @@ from fewstep.data.shards import write_index, write_shard
 from fewstep.errors import RecipeError
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import stage_uri
+from fewstep.stages.batches import format_of
 from fewstep.storage import Storage, join
 from tiny import tiny_teacher, tiny_teacher_folder
 
@@ -54,7 +55,7 @@ def test_precision_and_batch_size_of_the_workload_and_of_the_command() -> None:
 
 
 def test_made_batches_resume_and_split_like_stored_ones() -> None:
-    options = {"latent_shape": (4, 2, 2), "text_shape": (3, 5), "global_batch_size": 4, "seed": 3}
+    options = {"sample_shape": (4, 2, 2), "conditions": {"text": (3, 5)}, "global_batch_size": 4, "seed": 3}
     whole = SyntheticBatches(**options)  # type: ignore[arg-type]
     stream = iter(whole)
     batches = [next(stream) for _ in range(6)]
@@ -95,8 +96,8 @@ def test_recipe_that_has_not_run(storage: Storage) -> None:
     workload = recipe_train_workload(recipe(stages=["teacher", "guidance"], train_teacher=stage), "guidance", storage)
     assert "random weights" in workload.network
     assert "synthetic" in workload.data
-    assert workload.latent_shape == (4, 4, 4)
-    assert workload.text_shape == (12, 16)
+    assert workload.sample_shape == (4, 4, 4)
+    assert workload.conditions == {"text": (12, 16)}
     result = bench_workload(workload, settings(rounds=1), device=CPU)
     assert result.batch_size == 4
     with pytest.raises(RecipeError, match="no settings under the key progressive"):
@@ -120,12 +121,13 @@ def test_recipe_that_has_encoded_uses_its_own_shards_and_teacher(storage: Storag
         for s in range(2)
     ]
     write_index(shards, join(uri, "train"), storage=storage)
-    storage.write_json(join(uri, "done.json"), {"fingerprint": "x", "facts": {"train": {"uri": join(uri, "train")}}})
+    facts = {"train": {"uri": join(uri, "train")}, "format": format_of(parts).to_json()}
+    storage.write_json(join(uri, "done.json"), {"fingerprint": "x", "facts": facts})
 
     workload = recipe_train_workload(loaded, "guidance", storage)
-    assert workload.data == f"latent shards in {uri}/train"
+    assert workload.data == f"shards in {uri}/train"
     assert str(tmp_path) in workload.network
-    assert torch.equal(workload.build_unet(CPU).conv_in.weight, parts.unet.conv_in.weight)
+    assert torch.equal(workload.build(CPU).network.conv_in.weight, parts.unet.conv_in.weight)
     result = bench_workload(workload, settings(rounds=1), device=CPU)
     assert result.images_per_second > 0
     assert result.data_wait_share > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
+from fewstep.bench.batches import make_condition
 from fewstep.bench.device import Elapsed, Stopwatch
 from fewstep.bench.settings import Precision, Stage
-from fewstep.models import TextToImageParts
+from fewstep.models import Denoiser, TextToImageParts
+from fewstep.models.architecture import unet_like
+from fewstep.models.denoiser import Forward
 
 
 @dataclass(frozen=True)
@@ -22,49 +25,71 @@ class UpdateCalls:
     """The network calls of one update on a fixed batch: the teacher's forwards, the student's forward and backward.
 
     Stage one calls the teacher once with 2B rows (both branches), stage two twice with B rows.
+
+    Attributes:
+        stage: whose calls.
+        forward: how the family calls a network.
+        teacher, student: the networks.
+        z, time: (B, C, h, w) and (B,).
+        condition: B rows.
+        w_embedding: (B, D).
     """
 
     stage: Stage
+    forward: Forward
     teacher: nn.Module
     student: nn.Module
     z: Tensor
-    index: Tensor
-    text: Tensor
+    time: Tensor
+    condition: dict[str, Tensor]
     w_embedding: Tensor
 
     @classmethod
     def make(
         cls,
         stage: Stage,
-        teacher: UNet2DConditionModel,
-        student: UNet2DConditionModel,
+        model: Denoiser,
+        student: Any,
         *,
         batch_size: int,
-        latent_shape: tuple[int, int, int],
-        text_shape: tuple[int, int],
+        sample_shape: tuple[int, int, int],
+        conditions: Mapping[str, tuple[int, ...]],
     ) -> UpdateCalls:
-        """Return the calls on a random batch, on the networks' device."""
+        """Return the calls on a random batch, on the student's device.
+
+        Args:
+            stage: whose calls.
+            model: the teacher.
+            student: its network.
+            batch_size: B.
+            sample_shape, conditions: of a sample.
+        """
         device = student.device
+        made = make_condition(batch_size, conditions)
         return cls(
             stage=stage,
-            teacher=teacher,
+            forward=model.forward,
+            teacher=model.network,
             student=student,
-            z=torch.randn(batch_size, *latent_shape, device=device),
-            index=torch.randint(0, 1000, (batch_size,), device=device),
-            text=torch.randn(batch_size, *text_shape, device=device),
-            w_embedding=torch.randn(batch_size, student.config.time_cond_proj_dim, device=device),
+            z=torch.randn(batch_size, *sample_shape, device=device),
+            time=torch.randint(0, 1000, (batch_size,), device=device),
+            condition={
+                name: (value.float() if value.is_floating_point() else value).to(device) for name, value in made.items()
+            },
+            w_embedding=torch.randn(batch_size, student.config["time_cond_proj_dim"], device=device),
         )
 
     def loss(self) -> Tensor:
         """Make the forward calls and return a scalar of the student's output."""
-        z, index, text, w = self.z, self.index, self.text, self.w_embedding
+        z, time, condition, w = self.z, self.time, self.condition, self.w_embedding
         with torch.no_grad():
             if self.stage == "guidance":
-                self.teacher(torch.cat([z, z]), torch.cat([index, index]), torch.cat([text, text]), return_dict=False)
+                both = {name: torch.cat([value, value]) for name, value in condition.items()}
+                self.forward(self.teacher, torch.cat([z, z]), torch.cat([time, time]), both, None)
             else:
                 for _ in range(2):
-                    self.teacher(z, index, text, timestep_cond=w, return_dict=False)
-        return self.student(z, index, text, timestep_cond=w, return_dict=False)[0].float().square().mean()
+                    self.forward(self.teacher, z, time, condition, w)
+        return self.forward(self.student, z, time, condition, w).float().square().mean()
 
     def run(self, updates: int, *, warmup: int, optimizer: torch.optim.Optimizer, precision: Precision) -> Elapsed:
         """Return the time of `updates` optimiser updates, after some that are not counted."""
@@ -139,26 +164,32 @@ class UpdateFlops:
 
 def update_flops(
     stage: Stage,
-    unet_config: dict[str, Any],
+    build: Callable[[torch.device], Denoiser],
     *,
     embedding_dim: int,
-    latent_shape: tuple[int, int, int],
-    text_shape: tuple[int, int],
+    sample_shape: tuple[int, int, int],
+    conditions: Mapping[str, tuple[int, ...]],
 ) -> UpdateFlops:
     """Return the FLOPs of one picture, counted over `UpdateCalls` on meta tensors: no memory, no device, and the same
-    number whatever kernels a device has. `parameters` are those of the trained network."""
-    with torch.device("meta"):
-        student = UNet2DConditionModel.from_config({**unet_config, "time_cond_proj_dim": embedding_dim})
-        teacher = student
-        if stage == "guidance":
-            teacher = UNet2DConditionModel.from_config({**unet_config, "time_cond_proj_dim": None})
-        calls = UpdateCalls.make(
-            stage, teacher, student, batch_size=1, latent_shape=latent_shape, text_shape=text_shape
-        )
+    number whatever kernels a device has. `parameters` are those of the trained network.
+
+    Args:
+        stage: whose update.
+        build: returns the teacher on a device.
+        embedding_dim: width of the student's w embedding.
+        sample_shape, conditions: of a sample.
+    """
+    meta = torch.device("meta")
+    model = build(meta)
+    with meta:
+        student: Any = unet_like(model.network, time_cond_proj_dim=embedding_dim)
+        if stage == "progressive":
+            model = model.with_network(student)
+        calls = UpdateCalls.make(stage, model, student, batch_size=1, sample_shape=sample_shape, conditions=conditions)
 
         def forward() -> None:
             with torch.no_grad():
-                student(calls.z, calls.index, calls.text, timestep_cond=calls.w_embedding)
+                calls.forward(student, calls.z, calls.time, calls.condition, calls.w_embedding)
 
         return UpdateFlops(
             parameters=sum(p.numel() for p in student.parameters()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fewstep.bench.workload import TrainWorkload
+from fewstep.bench.workload import TrainWorkload, denoiser_of_shape
 from fewstep.models import TeacherArchitecture, TextToImageParts
+from fewstep.plan.shapes import shipped_shapes
 from fewstep.train.settings import TrainSettings
 
 #: Stable Diffusion 1.5, as its folder on the hub describes itself; what is not named is diffusers' default.
@@ -40,22 +42,22 @@ SD15_SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
 }
-_SD15_LATENTS, _SD15_TOKENS = 4, 77
+_SD15_TOKENS = 77
 
 
 def sd15_train_workload(resolution: int = 512) -> TrainWorkload:
     """Return Stable Diffusion 1.5's U-Net with random weights, built on the device; nothing is downloaded."""
     size = resolution // 8
-    config = {**SD15_UNET, "sample_size": size}
+    known = shipped_shapes()["sd15"]
+    unet = {**known.network, "sample_size": size}
+    shape = replace(known, components={**known.components, "unet": unet})
     return TrainWorkload(
         name="sd15",
         network="Stable Diffusion 1.5's U-Net, random weights",
         data=f"synthetic latents of {resolution} px pictures in memory, so the data wait says nothing of a store",
-        unet_config=config,
-        scheduler_config=SD15_SCHEDULER,
-        latent_shape=(_SD15_LATENTS, size, size),
-        text_shape=(_SD15_TOKENS, SD15_UNET["cross_attention_dim"]),
-        build_unet=partial(_build_unet, config),
+        sample_shape=shape.sample_shape,
+        conditions=shape.conditions,
+        build=partial(denoiser_of_shape, shape),
         train=TrainSettings(updates=1, global_batch_size=32, learning_rate=1e-5, decay="constant", ema_decay=0.999),
     )
 
@@ -77,9 +79,3 @@ def sd15_parts(device: torch.device, dtype: torch.dtype, *, resolution: int = 51
             scheduler_config=SD15_SCHEDULER,
         )
     return parts.to(device, dtype).freeze()
-
-
-def _build_unet(config: dict[str, Any], device: torch.device) -> UNet2DConditionModel:
-    # Built where it will run: 859.5 M weights drawn on a CPU would take longer than the benchmark.
-    with torch.device(device):
-        return UNet2DConditionModel.from_config(config)

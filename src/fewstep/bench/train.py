@@ -17,12 +17,10 @@ from fewstep.bench.device import Elapsed, measure_matmul_tflops, peak_tflops, pr
 from fewstep.bench.result import Environment, FlopsResult, TrainBenchResult
 from fewstep.bench.sd15 import sd15_train_workload
 from fewstep.bench.settings import TrainBenchSettings
-from fewstep.bench.workload import TrainWorkload, recipe_train_workload
-from fewstep.diffusion import NoiseSchedule
-from fewstep.diffusion.prediction import check_prediction_type
+from fewstep.bench.workload import TrainWorkload, planned_train_workload, recipe_train_workload
 from fewstep.distill import GuidanceObjective, ProgressiveObjective
 from fewstep.errors import RecipeError
-from fewstep.models import make_student, text_denoiser
+from fewstep.models import make_student
 from fewstep.recipe import Recipe
 from fewstep.storage import open_storage
 from fewstep.train.in_process import train_in_process
@@ -59,17 +57,19 @@ def bench_train(settings: TrainBenchSettings, *, recipe: Recipe | None = None, c
 
 
 def count_train(settings: TrainBenchSettings, *, recipe: Recipe | None = None) -> FlopsResult:
-    """Count one picture's FLOPs on meta tensors and run nothing. Raises as `bench_train`."""
-    with open_workload(settings, recipe) as workload:
-        flops = flops_of(workload, settings)
-        return FlopsResult(
-            workload=workload.name,
-            stage=settings.stage,
-            parameters=flops.parameters,
-            latent_shape=workload.latent_shape,
-            forward_gflop_per_image=flops.forward / 1e9,
-            gflop_per_image=flops.update / 1e9,
-        )
+    """Count one picture's FLOPs on meta tensors; nothing is run, fetched or read. Raises as `bench_train`."""
+    workload = (
+        sd15_train_workload(settings.resolution) if recipe is None else planned_train_workload(recipe, settings.stage)
+    )
+    flops = flops_of(workload, settings)
+    return FlopsResult(
+        workload=workload.name,
+        stage=settings.stage,
+        parameters=flops.parameters,
+        latent_shape=workload.sample_shape,
+        forward_gflop_per_image=flops.forward / 1e9,
+        gflop_per_image=flops.update / 1e9,
+    )
 
 
 def bench_workload(
@@ -88,11 +88,11 @@ def bench_workload(
         prepare_network(network, settings.tuning)
     calls = UpdateCalls.make(
         settings.stage,
-        objective.teacher,
+        objective.of_teacher,
         objective.network,
         batch_size=batch_size,
-        latent_shape=workload.latent_shape,
-        text_shape=workload.text_shape,
+        sample_shape=workload.sample_shape,
+        conditions=workload.conditions,
     )
     job = make_job(objective, workload, settings, train)
     rounds: list[_Round] = []
@@ -140,7 +140,7 @@ def bench_workload(
         network=workload.network,
         data=workload.data,
         parameters=flops.parameters,
-        latent_shape=workload.latent_shape,
+        latent_shape=workload.sample_shape,
         updates=settings.updates,
         seconds_per_update=batch_size / images_per_second,
         forward_gflop_per_image=flops.forward / 1e9,
@@ -152,17 +152,9 @@ def bench_workload(
 def make_objective(
     workload: TrainWorkload, settings: TrainBenchSettings, device: torch.device
 ) -> GuidanceObjective | ProgressiveObjective:
-    """Return the stage's own objective on a device. Text embedding of the empty prompt and, in stage two, the weights
-    of the w input are zeros: neither changes any speed."""
-    schedule = NoiseSchedule.from_scheduler_config(workload.scheduler_config)
-    prediction_type = check_prediction_type(workload.scheduler_config.get("prediction_type", "epsilon"))
-    teacher = workload.build_unet(device)
-    model = text_denoiser(
-        teacher,
-        null_embedding=torch.zeros(1, *workload.text_shape, device=device),
-        schedule=schedule,
-        prediction_type=prediction_type,
-    )
+    """Return the stage's own objective on a device. In stage two the weights of the w input are zeros, which changes no
+    speed."""
+    model = workload.build(device)
     with torch.device(device):  # the student's weights are made where they will be
         if settings.stage == "guidance":
             return GuidanceObjective(
@@ -172,7 +164,7 @@ def make_objective(
                 embedding_dim=workload.embedding_dim,
             )
         return ProgressiveObjective(
-            model.with_network(make_student(teacher, embedding_dim=workload.embedding_dim)),
+            model.with_network(make_student(model.network, embedding_dim=workload.embedding_dim)),
             num_inference_steps=_RUNG,
             w_min=workload.w_min,
             w_max=workload.w_max,
@@ -256,10 +248,10 @@ def train_settings(workload: TrainWorkload, settings: TrainBenchSettings, device
 def flops_of(workload: TrainWorkload, settings: TrainBenchSettings) -> UpdateFlops:
     return update_flops(
         settings.stage,
-        workload.unet_config,
+        workload.build,
         embedding_dim=workload.embedding_dim,
-        latent_shape=workload.latent_shape,
-        text_shape=workload.text_shape,
+        sample_shape=workload.sample_shape,
+        conditions=workload.conditions,
     )
 
 

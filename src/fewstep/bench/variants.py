@@ -6,6 +6,7 @@ import copy
 import logging
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -42,10 +43,11 @@ def compare_variants(
     """Measure one workload on a device; see `bench_variants`."""
     environment = Environment.here(device, command)
     train = train_settings(workload, settings, device)
-    unet = workload.build_unet(device)  # often the same object each time, and a switch that is on stays on
-    copied = replace(workload, build_unet=lambda _: copy.deepcopy(unet))
+    model = workload.build(device)  # often the same network each time, and a switch that is on stays on
+    network: Any = model.network
+    copied = replace(workload, build=lambda _: model.with_network(copy.deepcopy(network)))
     variants = [_Variant(name, copied, settings, train, device) for name in settings.variants]
-    unet.to("cpu")
+    network.to("cpu")
     for number in range(settings.rounds):
         for variant in variants:
             variant.run(device)
@@ -62,7 +64,7 @@ def compare_variants(
         network=workload.network,
         data=workload.data,
         parameters=flops.parameters,
-        latent_shape=workload.latent_shape,
+        latent_shape=workload.sample_shape,
         precision=precision,
         tuning=settings.tuning.names(),
         batch_size=train.global_batch_size,

@@ -147,12 +147,12 @@ def _build(network: Network) -> tuple[nn.Module, Call]:
             encoders = nn.ModuleList(_text_encoder(each) for each in shape.text_encoders)
             return encoders, _call_text(encoders, shape)
         assert shape.vae is not None
-        vae = _diffusers(shape.vae)
+        vae = build_network(shape.vae)
         return vae, _call_vae(vae, shape, network.role)
 
 
 def _build_denoiser(shape: Shape, network: Network) -> tuple[nn.Module, Call]:
-    denoiser = _diffusers({**shape.network, "time_cond_proj_dim": network.embedding_dim})
+    denoiser = build_network({**shape.network, "time_cond_proj_dim": network.embedding_dim})
     if network.role == "encoder":
         # As `fewstep.distill.features` cuts it off.
         denoiser.mid_block, denoiser.up_blocks = None, nn.ModuleList()
@@ -237,7 +237,12 @@ def _call_vae(vae: Any, shape: Shape, role: Role) -> Call:
     return call
 
 
-def _diffusers(config: Component) -> Any:
+def build_network(config: Component) -> Any:
+    """Return a network of diffusers by its configuration, with fresh weights on torch's default device.
+
+    Raises:
+        ModelError: diffusers has no such class.
+    """
     name = config.get("_class_name", "UNet2DConditionModel")
     kind = ConditionedDiT if "DiT" in name else getattr(diffusers, name, None)
     if kind is None or not hasattr(kind, "from_config"):

@@ -58,9 +58,11 @@ def bench_train(settings: TrainBenchSettings, *, recipe: Recipe | None = None, c
 
 def count_train(settings: TrainBenchSettings, *, recipe: Recipe | None = None) -> FlopsResult:
     """Count one picture's FLOPs on meta tensors; nothing is run, fetched or read. Raises as `bench_train`."""
-    workload = (
-        sd15_train_workload(settings.resolution) if recipe is None else planned_train_workload(recipe, settings.stage)
-    )
+    if recipe is None:
+        workload = sd15_train_workload(settings.resolution)
+    else:
+        _check_resolution(settings)
+        workload = planned_train_workload(recipe, settings.stage)
     flops = flops_of(workload, settings)
     return FlopsResult(
         workload=workload.name,
@@ -260,14 +262,18 @@ def open_workload(settings: TrainBenchSettings, recipe: Recipe | None) -> Iterat
     if recipe is None:
         yield sd15_train_workload(settings.resolution)
         return
+    _check_resolution(settings)
+    with open_storage(recipe.storage) as storage:
+        storage.check()
+        yield recipe_train_workload(recipe, settings.stage, storage)
+
+
+def _check_resolution(settings: TrainBenchSettings) -> None:
     if settings.resolution != TrainBenchSettings().resolution:
         raise RecipeError(
             f"resolution={settings.resolution} has no effect on a recipe, whose pictures have the teacher's own size: "
             "leave it out, or bench --shape sd15"
         )
-    with open_storage(recipe.storage) as storage:
-        storage.check()
-        yield recipe_train_workload(recipe, settings.stage, storage)
 
 
 def _export_nothing(network: nn.Module, folder: str) -> None:

@@ -11,13 +11,24 @@ import pytest
 import torch
 
 from fewstep.data.shards import write_shards
-from fewstep.errors import ModelError, SamplingError
+from fewstep.errors import FewstepError, ModelError, SamplingError
+from fewstep.evaluate.settings import EvaluateSettings
 from fewstep.models import Parts, StudentInfo, save_student
 from fewstep.recipe import parse_recipe
-from fewstep.stages.context import StageContext
+from fewstep.stages.context import DONE, StageContext, stage_uri
 from fewstep.stages.encode import mask_of
 from fewstep.storage import Storage, join
-from tiny import picture_samples, tiny_inpainting, tiny_sdxl, tiny_teacher, w_student
+from fewstep.tracking.settings import TrackingSettings
+from fewstep.tracking.tracker import Tracker
+from tiny import (
+    picture_samples,
+    tiny_inpainting,
+    tiny_sdxl,
+    tiny_student_folder,
+    tiny_teacher,
+    tiny_teacher_folder,
+    w_student,
+)
 
 # The package has a function of that name.
 evaluate_stage = importlib.import_module("fewstep.stages.evaluate")
@@ -43,10 +54,17 @@ def handed(
     monkeypatch.setattr(evaluate_stage, "compare", lambda **arguments: arguments)
     monkeypatch.setattr(evaluate_stage, "AlignmentScorer", _NoScorer)
 
-    def hand(teacher: Parts, of: Parts, *, kind: Any = "deterministic") -> dict[str, Any]:
+    def hand(
+        teacher: Parts,
+        of: Parts,
+        *,
+        kind: Any = "deterministic",
+        weights: tuple[float, float] = (0.0, 6.0),
+        w: bool = True,
+    ) -> dict[str, Any]:
         teacher.save(tmp_path / "teacher")
-        info = StudentInfo("progressive", 2, 0.0, 6.0, 4.0, "tiny", "test", kind=kind)
-        save_student(tmp_path / "student", of, w_student(of.network), info)
+        info = StudentInfo("progressive", 2, *weights, 4.0, "tiny", "test", kind=kind)
+        save_student(tmp_path / "student", of, w_student(of.network) if w else of.network, info)
         pictures = join(bucket_uri, "pictures")
         recipe = parse_recipe(
             {
@@ -83,6 +101,47 @@ def test_models_of_prompts_alone_get_none(handed: Callable[..., dict[str, Any]],
     assert arguments["masks"] is None
     assert arguments["students"][2].embedding_dim == 16
     assert len(arguments["prompts"]) == len(arguments["real_images"]) == 24
+
+
+def test_a_student_of_a_single_w_is_judged_at_its_own(handed: Callable[..., dict[str, Any]]) -> None:
+    teacher = tiny_teacher()
+    scale = EvaluateSettings().guidance_scale
+    arguments = handed(teacher, teacher, weights=(scale - 1, scale - 1), w=False)
+    assert arguments["students"][2].embedding_dim is None
+    with pytest.raises(SamplingError, match=r"made for the one weight w = 1: use 2"):
+        handed(teacher, teacher, weights=(1.0, 1.0), w=False)
+    with pytest.raises(ModelError, match="has no time_cond_proj_dim, so it takes no guidance weight, and is of no"):
+        handed(teacher, teacher, w=False)
+
+
+def test_students_of_a_converted_teacher_are_held_against_it(
+    storage: Storage, bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_student_folder(tmp_path / "student", num_inference_steps=2)
+    train = {"updates": 1, "global_batch_size": 8, "learning_rate": 1e-3}
+    content = {
+        "name": "tiny",
+        "stages": ["encode", "convert", "evaluate"],
+        "teacher": str(tiny_teacher_folder(tmp_path / "teacher")),
+        "data": {"train": bucket_uri, "evaluate": bucket_uri, "alignment": bucket_uri},
+        "convert": {"train": train},
+    }
+    recipe = parse_recipe(content)
+    judged: list[str] = []
+
+    def compare(context: StageContext, teacher: str, students: Any) -> Any:
+        judged.append(teacher)
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(evaluate_stage, "_compare", compare)
+    tracker = Tracker.open(TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="t"), storage)
+    with pytest.raises(FewstepError, match="stage convert of recipe tiny has not finished"):
+        evaluate_stage.evaluate_models(recipe, storage, tracker, students=[str(student)], out=tmp_path)
+    facts = {"teacher": "s3://converted", "teacher_digest": "d"}
+    storage.write_json(join(stage_uri(recipe, storage, "convert"), DONE), {"fingerprint": "x", "facts": facts})
+    with pytest.raises(ModelError, match="far enough"):
+        evaluate_stage.evaluate_models(recipe, storage, tracker, students=[str(student)], out=tmp_path)
+    assert judged == ["s3://converted"]
 
 
 def test_students_of_others_and_of_other_kinds_are_refused(handed: Callable[..., dict[str, Any]]) -> None:

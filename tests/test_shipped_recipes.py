@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from fewstep.data.stream import stack_samples
 from fewstep.distill.settings import student_kind
 from fewstep.models import (
+    SCHEDULER_CONFIG,
     Parts,
     StudentInfo,
     TeacherArchitecture,
@@ -109,8 +110,13 @@ def of_text(shape: Shape, kind: Callable[..., Parts] = TextToImageParts) -> Part
         text_encoder=tiny_text(),
         tokenizer=_tokenizer(),
         unet=tiny_unet(shape),
-        scheduler_config=dict(shape.components["scheduler"]),
+        scheduler_config=scheduler_of(shape),
     )
+
+
+def scheduler_of(shape: Shape) -> dict[str, Any]:
+    """Return the shape's scheduler; that of a text teacher from nothing where the recipe trains it."""
+    return dict(shape.components["scheduler"]) or dict(SCHEDULER_CONFIG)
 
 
 def of_inpainting(shape: Shape) -> Parts:
@@ -136,7 +142,7 @@ def of_sdxl(shape: Shape) -> Parts:
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
         unet=unet,
-        scheduler_config=dict(shape.components["scheduler"]),
+        scheduler_config=scheduler_of(shape),
     )
 
 

@@ -19,6 +19,14 @@ _VAE_HAS_SIZES = (
 )
 
 
+def _check_is_no_alias(key: str, uri: str | None) -> None:
+    if uri is not None and uri.startswith("models:") and "@" in uri:
+        raise ValueError(
+            f"{key}={uri} is an alias of the registry, which may move, and a teacher that was trained from what it named "
+            "before would be taken for one of what it names now: name a version, such as models:/NAME/3"
+        )
+
+
 class StageSettings(BaseModel):
     """Frozen; unknown keys are refused."""
 
@@ -99,6 +107,8 @@ class TeacherStage(StageSettings):
                 "a teacher begins from a model (init), or with fresh networks around a model's autoencoder (vae) or "
                 "around one that is trained first (autoencoder_train): name exactly one"
             )
+        _check_is_no_alias("init", self.init)
+        _check_is_no_alias("vae", self.vae)
         if self.vae is not None and "autoencoder" in self.model_fields_set:
             raise ValueError(_VAE_HAS_SIZES)
         if self.inpainting and self.init is None:
@@ -137,6 +147,7 @@ class ClassTeacherStage(StageSettings):
 
     @model_validator(mode="after")
     def _check_latents(self) -> ClassTeacherStage:
+        _check_is_no_alias("vae", self.vae)
         if self.vae is not None and not (self.autoencoder is None and self.autoencoder_train is None):
             raise ValueError(_VAE_HAS_SIZES)
         if (self.autoencoder is None) != (self.autoencoder_train is None):

@@ -156,6 +156,8 @@ def test_a_model_learns_to_output_something_else(run: Callable[..., Any], tmp_pa
     [
         ({}, r"begins from a model \(init\), or .* \(vae\) or .* \(autoencoder_train\): name exactly one"),
         ({"vae": "x", "init": "x"}, "name exactly one"),
+        ({"init": "models:/cats@champion"}, "init=models:/cats@champion is an alias .* name a version"),
+        ({"vae": "models:/cats@champion"}, "vae=models:/cats@champion is an alias"),
         ({"vae": "x", "autoencoder": {}}, "vae names the autoencoder of a model, .*leave out autoencoder"),
         (
             {"prediction_type": "epsilon", "autoencoder_train": TRAIN},

@@ -22,8 +22,8 @@ _VAE_HAS_SIZES = (
 def _check_is_no_alias(key: str, uri: str | None) -> None:
     if uri is not None and uri.startswith("models:") and "@" in uri:
         raise ValueError(
-            f"{key}={uri} is an alias of the registry, which may move, and a teacher that was trained from what it named "
-            "before would be taken for one of what it names now: name a version, such as models:/NAME/3"
+            f"{key}={uri} is an alias of the registry, which may move, and a teacher that was trained from what it "
+            "named before would be taken for one of what it names now: name a version, such as models:/NAME/3"
         )
 
 

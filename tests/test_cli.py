@@ -49,7 +49,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_every_option_of_every_command_has_a_help_text() -> None:
     bench = main.commands["bench"]
     assert isinstance(bench, click.Group)
-    assert set(bench.commands) == {"train", "sample", "options", "table"}
+    assert set(bench.commands) == {"train", "sample", "options", "translation", "mixture", "table"}
     for command in [*main.commands.values(), *bench.commands.values()]:
         assert command.help, command.name
         for parameter in command.params:

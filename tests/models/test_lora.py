@@ -227,6 +227,7 @@ def test_both_stages_must_name_the_same_adapters(teacher_folder: Path) -> None:
     content = {key: value for key, value in content.items() if key not in ("register", "evaluate")}
     content["stages"] = content["stages"][:4]
     content["evaluate"] = {"guidance_scale": 3.0}
+    del content["guidance"]["embedding_dim"]
     content["guidance"] |= {"single_w": 2.0, "lora": {"rank": 4}}
     check_lora(parse_recipe(content))
     content["progressive"] |= {"lora": {"rank": 4}}

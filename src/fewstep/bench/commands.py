@@ -164,7 +164,13 @@ def table(results: tuple[Path, ...], into: Path) -> None:
 
 @bench.command()
 @click.option("--quick", is_flag=True, help="A short form of half a minute.")
-@click.option("--schedule", type=click.Choice(["cosine", "stable_diffusion"]), default="cosine", show_default=True)
+@click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "stable_diffusion"]),
+    default="cosine",
+    show_default=True,
+    help="Continuous times, or the 1000 of Stable Diffusion rescaled to zero terminal SNR.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON and nothing else.")
 @plain_errors

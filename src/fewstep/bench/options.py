@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fewstep.bench.cells import with_interval
 from fewstep.bench.checked import checked
 from fewstep.errors import ModelError, RecipeError
 from fewstep.plain_errors import plain_errors
@@ -166,22 +167,17 @@ def options_table(result: Mapping[str, Any]) -> str:
         cells = [
             name,
             row["source"],
-            _with_interval(row, "paired_mse"),
-            "" if name == BASELINE else _with_interval(row, "paired_mse_difference", sign="+"),
-            _with_interval(row, "kid"),
-            "" if name == BASELINE else _with_interval(row, "kid_difference", sign="+"),
-            _with_interval(row, "fd", digits=1),
+            with_interval(row, "paired_mse"),
+            "" if name == BASELINE else with_interval(row, "paired_mse_difference", sign="+"),
+            with_interval(row, "kid"),
+            "" if name == BASELINE else with_interval(row, "kid_difference", sign="+"),
+            with_interval(row, "fd", digits=1),
             f"{row['cpu_seconds_per_update']:.2f}" if "cpu_seconds_per_update" in row else "",
             f"{row['trained_weights'] / 1e6:.2f} M" if "trained_weights" in row else "",
             row["verdict"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _with_interval(row: Mapping[str, Any], name: str, *, digits: int = 4, sign: str = "") -> str:
-    low, high = row[f"{name}_ci"]
-    return f"{row[name]:{sign}.{digits}f} ({low:{sign}.{digits}f} … {high:{sign}.{digits}f})"
 
 
 @click.command()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fewstep.bench.cells import with_interval
 from fewstep.bench.checked import checked
 from fewstep.plain_errors import plain_errors
 
@@ -35,18 +36,13 @@ def translation_table(result: Mapping[str, Any]) -> str:
         cells = [
             f"{row['method']}, {row['num_inference_steps']} + {row['num_inference_steps']} steps",
             str(row["evaluations"]),
-            _with_interval(row, "relative_error", digits=3),
-            _with_interval(row, "round_trip_mse"),
-            _with_interval(row, "translated_mse") if "translated_mse" in row else "",
-            _with_interval(row, "kid", digits=3),
+            with_interval(row, "relative_error", digits=3),
+            with_interval(row, "round_trip_mse"),
+            with_interval(row, "translated_mse") if "translated_mse" in row else "",
+            with_interval(row, "kid", digits=3),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _with_interval(row: Mapping[str, Any], name: str, *, digits: int = 4) -> str:
-    low, high = row[f"{name}_ci"]
-    return f"{row[name]:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
 
 
 def run_translation(

@@ -144,7 +144,7 @@ def _build(network: Network) -> tuple[nn.Module, Call]:
         if network.role in ("denoiser", "denoiser_and_text", "encoder"):
             return _build_denoiser(shape, network)
         if network.role == "text_encoders":
-            encoders = nn.ModuleList(_text_encoder(each) for each in shape.text_encoders)
+            encoders = nn.ModuleList(build_text_encoder(each) for each in shape.text_encoders)
             return encoders, _call_text(encoders, shape)
         assert shape.vae is not None
         vae = build_network(shape.vae)
@@ -166,7 +166,7 @@ def _build_denoiser(shape: Shape, network: Network) -> tuple[nn.Module, Call]:
 
     if network.role != "denoiser_and_text":
         return denoiser, call
-    encoders = nn.ModuleList(_text_encoder(each) for each in shape.text_encoders)
+    encoders = nn.ModuleList(build_text_encoder(each) for each in shape.text_encoders)
     call_text = _call_text(encoders, shape)
 
     def call_both(rows: int) -> Tensor:
@@ -253,8 +253,8 @@ def build_network(config: Component) -> Any:
     return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
-def _text_encoder(config: Component) -> nn.Module:
+def build_text_encoder(config: Component) -> Any:
+    """Return a text encoder of transformers by its configuration, with fresh weights on torch's default device."""
     kind = getattr(transformers, config["_class_name"])
     values = {key: value for key, value in config.items() if not key.startswith("_")}
-    module: nn.Module = kind(transformers.CLIPTextConfig(**values))
-    return module
+    return kind(transformers.CLIPTextConfig(**values))

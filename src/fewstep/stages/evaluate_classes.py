@@ -209,10 +209,11 @@ def _dpm_solver(parts: ClassModel, network: Model, z: Tensor, num_inference_step
         config = {"num_train_timesteps": _TABLE, "trained_betas": betas.tolist()}
     scheduler = dpm_solver(config, parts.prediction_type)
     scheduler.set_timesteps(num_inference_steps, device=z.device)
+    clip_sample = parts.denoiser().clip_sample
     for t in scheduler.timesteps:
         at = times[int(t)].to(z.device).expand(z.shape[0])
         output = network(z, at).float()
-        if parts.denoiser().clip_sample:
+        if clip_sample:
             # As the other samplers do; diffusers' scheduler knows thresholding alone.
             alpha_sigma = schedule.alpha_sigma(at, ndim=z.ndim)
             x = to_sample(output, z, *alpha_sigma, parts.prediction_type).clamp(-1, 1)

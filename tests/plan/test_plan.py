@@ -176,15 +176,15 @@ def test_settings_that_move_memory() -> None:
     assert memory(training, precision="float32").activations > usual.activations
 
 
-def test_fsdp_shares_out_weights_and_gathers_blocks() -> None:
+def test_fsdp_shares_out_weights_and_gathers_units() -> None:
     training = trainings(recipe_of())["stage one"]
     whole, teacher = sizes(STUDENT), sizes(TEACHER)
     found = memory(training, num_workers=4, strategy="fsdp", ema_decay=0.9)
     assert (found.weights, found.moments, found.average) == (whole.weights, 2 * whole.weights, whole.weights)
     assert found.gradients == whole.weights
     assert found.frozen == 4 * teacher.weights
-    assert found.gathered == 4 * (whole.outside + 4 * whole.largest_block)
-    assert 0 < whole.outside < whole.largest_block < whole.weights
+    assert found.gathered == 4 * (whole.outside + 2 * whole.around + 4 * whole.largest_unit)
+    assert 0 < whole.outside < whole.largest_unit < whole.weights
     # Gradients are added up whole from micro-batch to micro-batch.
     summed = memory(training, num_workers=4, strategy="fsdp", micro_batch_size=8)
     assert summed.gradients == whole.weights + 4 * whole.weights

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from unet_training import curve, exported, unet_job
+from unet_training import curve, exported, tiny_unet, unet_job
 from worker_processes import begin_again, run_workers
+
+from fewstep.train.parallel import compilable
 
 pytestmark = pytest.mark.slow  # two processes begin, and each gathers shards over a slow network
 
@@ -67,6 +69,16 @@ def test_each_worker_holds_half_of_every_network(folder: Path) -> None:
     for trained_or_frozen in zip(*shares, strict=True):
         assert sum(trained_or_frozen) == pytest.approx(1.0)
         assert all(0.4 < share < 0.6 for share in trained_or_frozen)
+
+
+def test_a_transformer_block_is_gathered_alone_and_never_compiled_within_another_part(folder: Path) -> None:
+    blocks = ["CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D"]
+    inside = ["BasicTransformerBlock"] * 4
+    assert found(folder)["fsdp"]["units"] == [*inside, *blocks[:3], "UNet2DConditionModel", *blocks[3:]]
+    compiled = list(compilable(tiny_unet(1)))
+    assert [type(part).__name__ for part in compiled].count("BasicTransformerBlock") == len(inside)
+    for part in compiled:
+        assert not any(other in compiled for other in list(part.modules())[1:])
 
 
 def test_a_checkpoint_is_the_same_file_whoever_wrote_it(folder: Path, plain: tuple[Figures, Path]) -> None:

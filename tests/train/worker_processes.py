@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from toy_training import toy_job
 from unet_training import FollowObjective, curve, unet_job
@@ -58,7 +59,8 @@ def _work(rank: int, folder: str) -> None:
 
 
 def _fsdp(folder: Path) -> dict[str, Any]:
-    """Train in shards; return the curve, and what share of the weights this worker held in the end."""
+    """Train in shards; return the curve, what share of the weights this worker held in the end, and of which kinds the
+    parts are that it gathers one by one."""
     made: list[FollowObjective] = []
 
     def objective(device: torch.device) -> FollowObjective:
@@ -66,7 +68,11 @@ def _fsdp(folder: Path) -> dict[str, Any]:
         return made[-1]
 
     found = curve(unet_job(objective=objective, **FSDP), folder)
-    return {"curve": found, "shares": [_share(made[0].network), _share(made[0].frozen[0])]}
+    return {
+        "curve": found,
+        "shares": [_share(made[0].network), _share(made[0].frozen[0])],
+        "units": sorted(_kind(part) for part in made[0].network.modules() if isinstance(part, FSDPModule)),
+    }
 
 
 def _share(network: nn.Module) -> float:
@@ -74,6 +80,10 @@ def _share(network: nn.Module) -> float:
     assert all(isinstance(weight, DTensor) for weight in weights)
     own = sum(weight.to_local().numel() for weight in weights if isinstance(weight, DTensor))
     return own / sum(weight.numel() for weight in weights)
+
+
+def _kind(part: nn.Module) -> str:
+    return type(part).__name__.removeprefix("FSDP")
 
 
 def _error(job: Any) -> str:

@@ -40,7 +40,7 @@ class Memory:
         moments: AdamW's two.
         average: the averaged weights, where they are kept on the GPU.
         frozen: the teacher's weights.
-        gathered: with FSDP, the blocks that are whole for a moment, and their gradients.
+        gathered: with FSDP, the units that are whole for a moment, and their gradients.
         activations: what lives in a forward and backward pass beside these, casts of weights included.
         inputs: the batch.
         reserve: see the module.
@@ -143,10 +143,11 @@ def memory_of(training: Training, settings: TrainSettings, shape: Shape, *, num_
 
 
 def _gathered(network: Sizes, *, with_gradients: bool) -> int:
-    # What lies outside the blocks stays whole during the pass; of the blocks, one is used and the next one on its way.
-    # Going back, a block's gradients are whole too until they are shared out, twice while they are.
-    blocks = 2 + (2 if with_gradients else 0)
-    return 4 * (network.outside + blocks * network.largest_block)
+    # What lies outside the units stays whole during the pass, and what lies around the transformer blocks of a block
+    # as long as these are used, its gradients too; of the units, one is used and the next one on its way. Going back,
+    # a unit's gradients are whole too until they are shared out, twice while they are.
+    around, units = (2, 4) if with_gradients else (1, 2)
+    return 4 * (network.outside + around * network.around + units * network.largest_unit)
 
 
 def _activations(training: Training, settings: TrainSettings, rows: int) -> int:

@@ -17,7 +17,7 @@ from fewstep.errors import ModelError
 from fewstep.models.dit import ConditionedDiT
 from fewstep.plan.footprint import Call, Footprint, forward_footprint, update_footprint
 from fewstep.plan.shapes import Component, Shape
-from fewstep.train.parallel import blocks
+from fewstep.train.parallel import blocks, transformer_blocks
 
 #: Positional and named arguments.
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -62,13 +62,15 @@ class Sizes:
 
     Attributes:
         weights: all.
-        outside: those outside the blocks that FSDP gathers one by one.
-        largest_block: those of the largest block.
+        outside: those outside the units that FSDP gathers one by one.
+        around: the most that is outside the transformer blocks of a block that has any.
+        largest_unit: those of the largest unit.
     """
 
     weights: int
     outside: int
-    largest_block: int
+    around: int
+    largest_unit: int
 
 
 @cache
@@ -76,8 +78,14 @@ def sizes(network: Network) -> Sizes:
     """Return the numbers of weights of a network."""
     module, _ = _build(network)
     weights = _count(module)
-    each = [_count(block) for block in blocks(module)]
-    return Sizes(weights, weights - sum(each), max(each, default=0))
+    inside = {block: [_count(part) for part in transformer_blocks(block)] for block in blocks(module)}
+    own = {block: _count(block) - sum(parts) for block, parts in inside.items()}
+    return Sizes(
+        weights=weights,
+        outside=weights - sum(own.values()) - sum(map(sum, inside.values())),
+        around=max((own[block] for block, parts in inside.items() if parts), default=0),
+        largest_unit=max((*own.values(), *(part for parts in inside.values() for part in parts)), default=0),
+    )
 
 
 def forward_pass(network: Network, *, bfloat16: bool) -> Footprint:

@@ -1,7 +1,7 @@
 """Several workers as one: how a network is spread over them, and how its tensors become whole again.
 
 `ddp` keeps the network on every worker; `fsdp` (FSDP2) keeps a shard of every tensor there and gathers the weights of
-one block at a time. Weights, gradients, optimiser state and average stay float32 under both, and bfloat16 comes from
+one unit at a time. Weights, gradients, optimiser state and average stay float32 under both, and bfloat16 comes from
 autocast alone: FSDP's own `MixedPrecisionPolicy` would gather half as many bytes, but round the weights of
 normalisations and embeddings too, which autocast leaves alone, and the same recipe would give other numbers by the
 number of workers.
@@ -89,16 +89,35 @@ class Workers:
 
     def _shard(self, network: nn.Module, *, reshard_after_forward: bool | None = None) -> None:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for part in (*blocks(network), network):
+        for part in (*units(network), network):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
 
 
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield the parts of a network that are gathered, or compiled, one by one.
+def units(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts of a network whose weights are gathered together, inner ones before what holds them.
 
-    They are the entries of its outermost lists of modules (`down_blocks`, `up_blocks`, `transformer_blocks`, a text
-    encoder's `layers`) and what diffusers' U-Nets call `mid_block`; what lies outside belongs to the network itself.
+    They are its `blocks` and the transformer blocks inside each: one block of SDXL has 1.2 billion weights in twenty of
+    these. What lies outside belongs to the network itself.
     """
+    for block in blocks(network):
+        yield from transformer_blocks(block)
+        yield block
+
+
+def compilable(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts of a sharded network that can be compiled: no unit is inside another, as its gathering cannot."""
+    for block in blocks(network):
+        inside = list(transformer_blocks(block))
+        if inside:
+            yield from inside
+            yield from getattr(block, "resnets", ())
+        else:
+            yield block
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of a network's outermost lists of modules (`down_blocks`, `up_blocks`, `transformer_blocks`, a
+    text encoder's `layers`) and what diffusers' U-Nets call `mid_block`."""
     for name, child in network.named_children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -106,6 +125,13 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from blocks(child)
+
+
+def transformer_blocks(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield the transformer blocks inside a block of a U-Net of diffusers."""
+    for name, child in block.named_modules():
+        if isinstance(child, nn.ModuleList) and name.split(".")[-1] == "transformer_blocks":
+            yield from child
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from fewstep.errors import FewstepError
-from fewstep.train.parallel import blocks
+from fewstep.train.parallel import compilable
 from fewstep.train.precision import Precision
 from fewstep.train.settings import TrainSettings
 
@@ -72,12 +72,12 @@ def prepare_frozen(objective: Objective, settings: TrainSettings, precision: Pre
 def compile_network(network: nn.Module, device: torch.device) -> None:
     """Let torch compile a network, in place, so that the names of its weights stay.
 
-    A sharded network is compiled block by block: the gathering in between cannot be compiled. Nothing is compiled
+    A sharded network is compiled part by part: the gathering in between cannot be compiled. Nothing is compiled
     before the first forward pass.
     """
     # On a CPU torch 2.13 otherwise gives U-Nets wrong gradients, without a word: zero before the first upsampling.
     options: dict[str, Any] = {} if device.type == "cuda" else {"options": {"layout_optimization": False}}
-    for part in blocks(network) if isinstance(network, FSDPModule) else (network,):
+    for part in compilable(network) if isinstance(network, FSDPModule) else (network,):
         part.compile(**options)
 
 

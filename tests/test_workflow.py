@@ -20,6 +20,7 @@ from fewstep.stages.fingerprints import (
     guided_pair_fingerprint,
     latents_fingerprint,
     rung_fingerprint,
+    split_fingerprint,
 )
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage
@@ -178,6 +179,25 @@ def test_what_trains_the_judging_classifier_makes_another_report(teacher: Path) 
 
     assert evaluated(classifier={"batch_size": 16}) != evaluated()
     assert evaluated(compare={"batch_size": 16}) == evaluated(), "pictures at once"
+
+
+def test_picture_files_count_by_their_content_wherever_they_lie(teacher: Path, tmp_path: Path) -> None:
+    def shards(folder: str) -> list[str]:
+        pictures = {"source": "idx", "path": str(tmp_path / folder)}
+        recipe = _recipe(teacher, prepare=None, prepare_classes=pictures)
+        return [fingerprint(recipe, "prepare"), *(split_fingerprint(recipe, split) for split in ("train", "evaluate"))]
+
+    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(name.encode())
+    before = shards("here")
+    assert shards("there") == before
+    (tmp_path / "here" / names[2]).write_bytes(b"other pictures")
+    after = shards("here")
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True, False], "t10k is held out"
+    assert shards("nowhere") not in (before, after)
 
 
 def test_masks_belong_to_the_latents_of_inpainting_models_alone(teacher: Path) -> None:

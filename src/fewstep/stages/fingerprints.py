@@ -7,9 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.classes import files_digest
 from fewstep.data.emoji.dataset import SPLITS, Split
 from fewstep.distill.settings import LadderKind
-from fewstep.errors import FewstepError
+from fewstep.errors import DataError, FewstepError
 from fewstep.recipe import Recipe, StageName, digest
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.settings import ONLY_ROUNDING, ONLY_WATCHING
@@ -28,7 +29,8 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     stream = _order(recipe)
     if stage == "prepare":
         # Which splits are drawn belongs to it: one that the recipe no longer names elsewhere has to be drawn after all.
-        inputs |= {"settings": _dump(recipe.prepare or recipe.prepare_classes), "drawn": drawn_splits(recipe)}
+        drawn = drawn_splits(recipe)
+        inputs |= {"settings": _source(recipe, *drawn), "drawn": drawn}
     elif stage == "teacher":
         settings = recipe.train_teacher or recipe.train_class_teacher
         inputs |= {"settings": _dump(settings), "data": split_fingerprint(recipe, "train"), "stream": stream}
@@ -202,11 +204,22 @@ def drawn_splits(recipe: Recipe) -> list[Split]:
 def split_fingerprint(recipe: Recipe, split: Split) -> str:
     """Return a digest of the shards of one split: how many samples the others have is no part of it."""
     named = getattr(recipe.data, split)
-    drawn = recipe.prepare or recipe.prepare_classes
-    if named is not None or drawn is None or "prepare" not in recipe.stages:
+    if named is not None or not (recipe.prepare or recipe.prepare_classes) or "prepare" not in recipe.stages:
         return digest({"uri": named})
     others = {f"num_{other}" for other in SPLITS if other != split}
-    return digest({"settings": _without(_dump(drawn), others), "format": _FORMAT})
+    return digest({"settings": _without(_source(recipe, split), others), "format": _FORMAT})
+
+
+def _source(recipe: Recipe, *splits: Split) -> dict[str, Any]:
+    """Return what samples are drawn from: the settings, and files by their content, wherever they lie."""
+    settings: dict[str, Any] = _dump(recipe.prepare or recipe.prepare_classes)
+    if recipe.prepare_classes is None:
+        return settings
+    try:
+        files = {split: files_digest(recipe.prepare_classes, split) for split in splits}
+    except DataError:
+        return settings  # the stage has words for what is missing
+    return _without(settings, {"path"}) | {"files": files}
 
 
 def _teacher(recipe: Recipe) -> str:

@@ -6,13 +6,15 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fewstep.data.classes.idx import read_pictures
+from fewstep.data.classes.idx import idx_files, read_pictures
 from fewstep.data.classes.settings import DIGITS_HELD_OUT, DIGITS_TRAIN, ClassPicturesSettings
 from fewstep.data.splits import SPLITS, Split
 from fewstep.errors import DataError
@@ -76,8 +78,32 @@ def class_samples(settings: ClassPicturesSettings, split: Split) -> Iterator[dic
         }
 
 
+def files_digest(settings: ClassPicturesSettings, split: Split) -> str | None:
+    """Return the SHA-256 of the files that a split is read from, in hex; None for digits, which have none.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    if settings.source == "digits":
+        return None
+    total = hashlib.sha256()
+    for file in idx_files(settings.path, _part(split)):
+        total.update(_digest(file, file.stat().st_mtime_ns))
+    return total.hexdigest()
+
+
+@lru_cache
+def _digest(file: Path, changed_ns: int) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _part(split: Split) -> str:
+    return "train" if split == "train" else "t10k"
+
+
 def _idx(settings: ClassPicturesSettings, split: Split) -> _Pictures:
-    part = "train" if split == "train" else "t10k"
+    part = _part(split)
     pictures, labels = read_pictures(settings.path, part)
     return pictures, labels, [f"idx:{part}/{index}" for index in range(len(labels))]
 

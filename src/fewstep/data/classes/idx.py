@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fewstep.errors import DataError
 
+_KINDS = ("images-idx3", "labels-idx1")
 _UNSIGNED_BYTE = 8
 _FIX = (
     "install Fashion-MNIST with `apt install dataset-fashion-mnist`, or name under `path` a folder with "
@@ -29,7 +30,7 @@ def read_pictures(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[n
     Raises:
         DataError: the folder or a file is missing or damaged, or the two files do not fit together.
     """
-    images_file, labels_file = (_find(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    images_file, labels_file = idx_files(folder, part)
     images, labels = read_idx(images_file, ndim=3), read_idx(labels_file, ndim=1)
     if len(images) != len(labels):
         raise DataError(
@@ -39,6 +40,15 @@ def read_pictures(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[n
     if images.shape[1] != images.shape[2] or images.shape[1] == 0:
         raise DataError(f"the pictures of {images_file} are {images.shape[2]} × {images.shape[1]}: they must be square")
     return images, labels
+
+
+def idx_files(folder: Path, part: str) -> list[Path]:
+    """Return the files of a part: its pictures and its labels.
+
+    Raises:
+        DataError: the folder or a file is missing.
+    """
+    return [_find(folder, f"{part}-{kind}-ubyte") for kind in _KINDS]
 
 
 def read_idx(file: Path, *, ndim: int) -> NDArray[np.uint8]:

@@ -106,12 +106,21 @@ def test_a_killed_worker_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("switches", [{"micro_batch_size": 4}, {"strategy": "fsdp", "ema_device": "cpu"}])
 def test_two_workers_one_of_which_dies_give_the_same_curve(
-    storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path, switches: dict[str, Any]
+    storage: Storage,
+    whole: tuple[str, FileTracker],
+    bucket_uri: str,
+    tmp_path: Path,
+    switches: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="fewstep")
     tracker = FileTracker(str(tmp_path / "figures"))
-    job = toy_job(mischief={"die_at": 8, "died_marker": str(tmp_path / "died")}, **switches, **OPTIONS)
+    mischief = {"die_at": 8, "died_marker": str(tmp_path / "died"), "pause_s": 0.1}
+    job = toy_job(mischief=mischief, **switches, **OPTIONS)
     result = run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=tracker)
     assert (tmp_path / "died").exists()
+    fetched = [message for message in caplog.messages if "goes on from" in message]
+    assert fetched == ["goes on from update 5; workers that shared the checkpoint: 2"]
     for name in ("loss", "grad_norm", "noise"):
         expected = whole[1].by_step(name)
         assert tracker.by_step(name) == pytest.approx(expected, rel=1e-4)

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLLECTIVE_TIMEOUT_S = 600
-
 
 def run_training(
     job: TrainJob, *, cluster: ClusterSettings, storage: Storage, uri: str, tracker: TrackerHandle | None
@@ -129,7 +127,7 @@ def _trainer(
             "board": board,
             "cpus": group.cpus,
         },
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=group.num_workers, use_gpu=group.use_gpu, resources_per_worker=resources
         ),

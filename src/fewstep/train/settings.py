@@ -170,6 +170,12 @@ class ClusterSettings(BaseModel):
     cpus_per_worker: int | None = Field(
         default=None, gt=0, description="CPU cores of a worker; null: the cluster's CPUs shared among the workers"
     )
+    collective_timeout_s: int = Field(
+        default=1800,
+        gt=0,
+        description="seconds that workers wait for one another before the run counts as failed; some wait while others "
+        "fetch the teacher or a checkpoint, or while the store takes one in",
+    )
     max_failures: int = Field(default=3, ge=0, description="worker deaths that one run recovers from by itself")
     address: str | None = Field(
         default=None, description="address of a running Ray; null: $RAY_ADDRESS, or else a Ray started on this machine"

@@ -32,6 +32,8 @@ from fewstep.train.parallel import Workers
 if TYPE_CHECKING:
     from fewstep.storage import Storage
 
+logger = logging.getLogger(__name__)
+
 RESULT_NAME = "result.json"
 _TICK_EVERY_S = 0.5
 
@@ -137,11 +139,23 @@ class RayHost(Workers):
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
-        # A folder of our own: Ray's shared one is named after the path and can hold leftovers of a killed process.
-        folder = Path(self.scratch, "resumed")
-        checkpoint.to_directory(folder)
+        # Once a node: SDXL's state is 41 GB. In a folder of our own: Ray's shared one is named after the path and can
+        # hold leftovers of a killed process.
+        node = ray.get_runtime_context().get_node_id()
+        neighbours = [scratch for other, scratch in self.gather((node, self.scratch)) if other == node]
+        folder = Path(neighbours[0], "resumed")
+        fetches = neighbours[0] == self.scratch
+        if fetches:
+            arriving = Path(self.scratch, "arriving")
+            checkpoint.to_directory(arriving)
+            arriving.rename(folder)
+        while not folder.exists():  # if who fetches fails, Ray ends this process too
+            time.sleep(0.1)
         state = load_state(str(folder))
-        shutil.rmtree(folder)  # the mapping keeps the content until it is let go
+        self.gather(None)
+        if fetches:
+            shutil.rmtree(folder)  # the mappings keep the content until they are let go
+            logger.info("goes on from update %d; workers that shared the checkpoint: %d", state.update, len(neighbours))
         return state
 
     def save(self, state: TrainState | None, *, update: int, last: bool) -> None:

@@ -16,7 +16,9 @@ from fewstep.bench.settings import SampleBenchSettings, TrainBenchSettings, Tuni
 from fewstep.bench.train import bench_workload, make_objective
 from fewstep.diffusion.random import RowRandom
 from fewstep.distill import GuidanceObjective
-from fewstep.models import load_parts
+from fewstep.evaluate.baselines import RowSpec, Sampler
+from fewstep.evaluate.compare import make_conditions
+from fewstep.models import load_model, load_parts
 from fewstep.serve.sample import sample_pixels
 from fewstep.train.in_process import train_in_process
 from fewstep.train.job import TrainJob
@@ -44,6 +46,17 @@ def test_student_draws_the_same_pictures(tmp_path: Path) -> None:
     assert (half - reference).abs().mean() < 4
     assert (full - reference).abs().max() < 10
     assert reference.std() > 1  # no grey picture, which anything equals
+
+
+def test_a_student_in_main_memory_is_brought_to_the_gpu_while_it_is_judged(tmp_path: Path) -> None:
+    teacher = tiny_teacher().to(DEVICE)
+    student = load_model(tiny_student_folder(tmp_path / "student")).denoiser()
+    conditions = make_conditions(teacher, ["a", "b"], [1, 2], batch_size=2)
+    sampler = Sampler(teacher.denoiser(), {4: student}, teacher.scheduler_config, 3.0)
+    here = sampler(RowSpec("student", 4), conditions, batch_size=2).latents
+    assert {p.device.type for p in student.network.parameters()} == {"cpu"}
+    student.network.to(DEVICE)
+    assert torch.equal(sampler(RowSpec("student", 4), conditions, batch_size=2).latents, here)
 
 
 def test_rows_draw_the_same_numbers() -> None:

@@ -271,7 +271,7 @@ def test_the_command_prints_a_table_or_json() -> None:
         "2 × a100-80 (79 GiB, 312 TFLOP/s in bfloat16) at an MFU of 40%; 8,000 training samples (prepare.num_train)",
         "guidance, stage one",
         "progressive, 1 step",
-        "every training fits the 79 GiB of a100-80",
+        "everything fits the 79 GiB of a100-80",
         "of checkpoints at a time",
         "in short: 2 × a100-80",
         "nothing was run",
@@ -300,7 +300,34 @@ def test_what_does_not_fit_is_said_once_a_stage_with_the_way_out() -> None:
     assert "DOES NOT FIT: guidance, stage one needs" in text
     assert "It would with, under the stage's train key:\n  micro_batch_size: " in text
     tiny = plan_recipe(recipe_of(), gpu="l4")
-    assert "every training fits" in render(tiny)
+    assert "everything fits" in render(tiny)
+
+
+def test_memory_of_the_drivers_passes_by_hand() -> None:
+    judged = {"num_prompts": 200, "batch_size": 50, "steps": [4]}
+    recipe = recipe_of(evaluate=judged, stages=[*recipe_of().stages, "evaluate"])
+    steps = {step.name: step for step in plan_recipe(recipe).steps}
+    denoiser, decoder, encoder, text = (
+        Network.of(SHAPE, role) for role in ("denoiser", "vae_decoder", "vae_encoder", "text_encoders")
+    )
+
+    def most(*passes: tuple[Network, int]) -> int:
+        return max(forward_pass(network, bfloat16=False).peak_bytes(rows) for network, rows in passes)
+
+    encode, evaluate = steps["encode"].memory, steps["evaluate"].memory
+    assert encode.weights == 4 * weights_of_parts(SHAPE)
+    assert encode.activations == most((encoder, 64), (text, 64))
+    # Beside the teacher one student at a time; guidance doubles the rows.
+    assert evaluate.weights == 4 * (weights_of_parts(SHAPE) + sizes(TEACHER).weights)
+    assert evaluate.activations == most((denoiser, 100), (decoder, 50), (encoder, 50))
+    assert evaluate.total == evaluate.weights + evaluate.activations + evaluate.reserve
+
+
+def test_the_drivers_passes_that_do_not_fit_name_their_key() -> None:
+    recipe = recipe_of(encode={"batch_size": 100_000})
+    text = render(plan_recipe(recipe, gpu="l4"))
+    assert "DOES NOT FIT: encode needs" in text
+    assert "Take a smaller encode.batch_size, or a GPU with more memory for the driver" in text
 
 
 def test_a_narrow_fit_is_called_one() -> None:

@@ -112,7 +112,8 @@ class Sampler:
 
     Attributes:
         teacher: guided with two evaluations a step.
-        students: by number of steps; networks that take a guidance weight.
+        students: by number of steps; networks that take a guidance weight. One that lies elsewhere than the teacher's
+            is brought to it while it is used: a GPU need not hold all at once.
         scheduler_config: the teacher's diffusers scheduler configuration.
         guidance_scale: g = 1 + w.
         dpm_solver_settings: of the DPM-Solver++ rows.
@@ -132,9 +133,9 @@ class Sampler:
             ModelError: there is no student for this number of steps, or it takes no guidance weight.
         """
         model = self._model(spec)
-        device = model.network.device
+        device = self.teacher.network.device
         latents, seconds = [], 0.0
-        with _counted_rows(model.network) as count:
+        with _brought_to(device, model.network), _counted_rows(model.network) as count:
             for batch in conditions.split(batch_size):
                 on_device = batch.to(device)
                 _wait_for(device)
@@ -206,6 +207,19 @@ def _dpm_solver_loop(
         output = model(z, t.expand(z.shape[0])).float()
         z = scheduler.step(output, t, z, return_dict=False)[0]
     return z
+
+
+@contextmanager
+def _brought_to(device: torch.device, network: Any) -> Iterator[None]:
+    home = network.device
+    if home == device:
+        yield
+        return
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(home)
 
 
 @contextmanager

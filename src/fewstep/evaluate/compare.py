@@ -134,8 +134,8 @@ def compare(
     smaller than it would be.
 
     Args:
-        teacher: the guided teacher's parts, of a family that takes text; its networks and the students on one device.
-        students: w-conditioned students by number of steps.
+        teacher: the guided teacher's parts, of a family that takes text; everything runs where its networks are.
+        students: w-conditioned students by number of steps, there or in main memory.
         prompts: held-out prompts; the first `settings.num_prompts` are used.
         seeds: one for each prompt: every method starts from the same noise.
         real_images: held-out real pictures, uint8 (M, 3, H, W), M ≥ 40.

@@ -23,6 +23,11 @@ _PIXELS_AT_ONCE = 4 * 1024**2
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
+def pictures_at_once(height: int, width: int) -> int:
+    """Return how many pictures of a size in pixels are decoded together."""
+    return max(1, _PIXELS_AT_ONCE // (height * width))
+
+
 @dataclass(kw_only=True)
 class LatentParts(Parts):
     """A U-Net in the latents of a VAE.
@@ -82,7 +87,7 @@ class LatentParts(Parts):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures of scaled latents (B, C, h, w): uint8 (B, 3, H, W)."""
         x = (latents / self.vae.config["scaling_factor"]).to(self.vae.device, self.vae.dtype)
-        at_once = max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3] * self.vae_scale_factor**2))
+        at_once = pictures_at_once(*(side * self.vae_scale_factor for side in x.shape[2:]))
         return torch.cat([pixels_of(self.vae.decode(part).sample) for part in x.split(at_once)])
 
 

@@ -1,4 +1,4 @@
-"""How much memory one GPU needs in a training, and what of it lies where.
+"""How much memory one GPU needs in a training or for the driver's passes, and what of it lies where.
 
 All but the reserve is counted, not measured on a GPU: weights and what goes with each, and the bytes that live during
 a forward and a backward pass, followed on meta tensors under CUDA's rules of autocast (`footprint.py`). On a CPU in
@@ -16,7 +16,7 @@ from fewstep.errors import FewstepError
 from fewstep.plan.gpus import GIB
 from fewstep.plan.network import Sizes, adapter_weights, forward_pass, sizes, training_pass
 from fewstep.plan.shapes import WHOLE_NUMBERS, Shape
-from fewstep.plan.work import Training
+from fewstep.plan.work import Passes, Training
 from fewstep.train.settings import TrainSettings, wrong_micro_batch
 
 #: CUDA's context, workspaces and, with several workers, NCCL's buffers.
@@ -32,10 +32,10 @@ MEMORY_ERROR = 0.15
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU at the fullest moment of an update, and of the main memory beside it.
+    """Bytes of one GPU at the fullest moment of an update or of a pass, and of the main memory beside it.
 
     Attributes:
-        weights: of the trained network, and of adapters.
+        weights: of the trained network, and of adapters; of all networks that the driver has there.
         gradients: counted whole, although at the fullest moment of a single pass not all are there yet.
         moments: AdamW's two.
         average: the averaged weights, where they are kept on the GPU.
@@ -139,6 +139,23 @@ def memory_of(training: Training, settings: TrainSettings, shape: Shape, *, num_
         inputs=_input_bytes(shape, training.reads) * (rows + at_once),
         reserve=RESERVE_BYTES + round(FRAGMENTATION * (activations + gathered)),
         host_average=2 * averaged if on_host else 0,
+    )
+
+
+def memory_of_passes(passes: Passes) -> Memory:
+    """Return the memory of the driver's passes, which are made in float32, the networks one after the other."""
+    activations = max(forward_pass(network, bfloat16=False).peak_bytes(rows) for network, rows in passes.at_once)
+    return Memory(
+        weights=4 * sum(sizes(network).weights for network in passes.held),
+        gradients=0,
+        moments=0,
+        average=0,
+        frozen=0,
+        gathered=0,
+        activations=activations,
+        inputs=0,
+        reserve=RESERVE_BYTES + round(FRAGMENTATION * activations),
+        host_average=0,
     )
 
 

@@ -130,14 +130,19 @@ def adapter_weights(network: Network, *, rank: int, target_modules: tuple[str, .
     return count
 
 
-def weights_of_parts(shape: Shape) -> int:
-    """Return the number of weights of all networks of a shape: what its folder holds."""
+def networks_of_parts(shape: Shape) -> tuple[Network, ...]:
+    """Return all networks of a shape: what its folder holds."""
     roles: list[Role] = ["denoiser"]
     if shape.vae is not None:
         roles.append("autoencoder")
     if shape.text_encoders:
         roles.append("text_encoders")
-    return sum(sizes(Network.of(shape, role)).weights for role in roles)
+    return tuple(Network.of(shape, role) for role in roles)
+
+
+def weights_of_parts(shape: Shape) -> int:
+    """Return the number of weights of all networks of a shape."""
+    return sum(sizes(network).weights for network in networks_of_parts(shape))
 
 
 def _count(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.plan.gpus import Gpu, find_gpu
-from fewstep.plan.memory import MEMORY_ERROR, Memory, is_bfloat16, memory_of, rows_per_worker
+from fewstep.plan.memory import MEMORY_ERROR, Memory, is_bfloat16, memory_of, memory_of_passes, rows_per_worker
 from fewstep.plan.network import Network, forward_pass, sizes, training_pass
 from fewstep.plan.shapes import Shape
 from fewstep.plan.switches import Switches, what_would_fit
@@ -34,8 +34,9 @@ class Step:
         written_bytes: to the store, checkpoints that are deleted later included.
         stored_bytes: what stays there.
         checkpoint_bytes: what its checkpoints take there while it runs.
-        memory: of one GPU; None for the driver's passes.
-        switches: what would make it fit; empty where it fits, or where nothing tried would.
+        memory: of one GPU.
+        switches: settings with which a training fits; empty where it fits, or where nothing tried would.
+        batch_key: of the driver's passes, the recipe's key for how many samples go through at once.
     """
 
     stage: str
@@ -48,9 +49,10 @@ class Step:
     read_bytes: int
     written_bytes: int
     stored_bytes: int
+    memory: Memory
     checkpoint_bytes: int = 0
-    memory: Memory | None = None
     switches: tuple[Switches, ...] = ()
+    batch_key: str = ""
 
     @property
     def label(self) -> str:
@@ -106,20 +108,24 @@ class Plan:
         return sum(step.seconds for step in self.steps) / 3600
 
     @property
+    def trainings(self) -> tuple[Step, ...]:
+        """The steps that are trainings."""
+        return tuple(step for step in self.steps if step.updates is not None)
+
+    @property
     def fullest(self) -> Step | None:
-        """The training that needs most memory; None when there is none."""
-        trainings = [step for step in self.steps if step.memory is not None]
-        return max(trainings, key=lambda step: step.memory.total if step.memory else 0, default=None)
+        """What needs most memory; None when nothing is computed."""
+        return max(self.steps, key=lambda step: step.memory.total, default=None)
 
     @property
     def fits(self) -> bool:
-        """Whether every training fits its GPUs."""
+        """Whether everything fits its GPUs."""
         return not self.too_large
 
     @property
     def too_large(self) -> tuple[Step, ...]:
-        """The trainings that do not fit."""
-        return tuple(s for s in self.steps if s.memory is not None and s.memory.total > self.gpu.memory_bytes)
+        """What does not fit."""
+        return tuple(step for step in self.steps if step.memory.total > self.gpu.memory_bytes)
 
     def total(self, name: str) -> int:
         """Return the sum of a number of bytes over all steps: read_bytes, written_bytes or stored_bytes."""
@@ -130,7 +136,7 @@ class Plan:
         steps = [
             {
                 **asdict(step),
-                "memory": None if step.memory is None else {**asdict(step.memory), "total": step.memory.total},
+                "memory": {**asdict(step.memory), "total": step.memory.total},
                 "switches": [
                     {"changes": each.changes, "memory": {**asdict(each.memory), "total": each.memory.total}}
                     for each in step.switches
@@ -284,6 +290,8 @@ class _Planner:
             read_bytes=samples * self.sample_bytes.picture,
             written_bytes=samples * stored if encodes else 0,
             stored_bytes=samples * stored if encodes else 0,
+            memory=memory_of_passes(passes),
+            batch_key=passes.batch_key,
         )
 
     def _read(self, samples: int, each: int) -> int:

@@ -51,7 +51,7 @@ def summary(plan: Plan) -> str:
     """Return a plan in one line."""
     fullest = plan.fullest
     memory = ""
-    if fullest is not None and fullest.memory is not None:
+    if fullest is not None:
         memory = f", {fullest.memory.total / GIB:.1f} of {plan.gpu.memory_bytes // GIB} GiB"
     read, stored = (bytes_in_words(plan.total(name)) for name in ("read_bytes", "stored_bytes"))
     return (
@@ -106,25 +106,25 @@ def _row(step: Step) -> tuple[str, ...]:
         number(step.seconds / 3600),
         bytes_in_words(step.read_bytes),
         bytes_in_words(step.stored_bytes),
-        "" if step.memory is None else f"{step.memory.total / GIB:.1f}",
+        f"{step.memory.total / GIB:.1f}",
     )
 
 
 def _memory(plan: Plan) -> list[str]:
     fullest = plan.fullest
-    if fullest is None or fullest.memory is None:
-        return ["no training, so no GPU is needed for one"]
+    if fullest is None:
+        return ["nothing is computed, so no GPU is needed"]
     lines = [f"memory of a GPU in {fullest.label}: {_parts(fullest.memory)}"]
     if fullest.memory.host_average:
         lines.append(f"main memory of a worker for the average: {fullest.memory.host_average / GIB:.1f} GiB")
     if plan.fits:
-        lines.append(f"every training fits the {plan.gpu.memory_bytes // GIB} GiB of {plan.gpu.name}")
+        lines.append(f"everything fits the {plan.gpu.memory_bytes // GIB} GiB of {plan.gpu.name}")
         if fullest.memory.total > (1 - MEMORY_ERROR) * plan.gpu.memory_bytes:
-            lines.append("… but by less than the estimate may be wrong: try it, or take a smaller micro_batch_size")
+            key = fullest.batch_key or "micro_batch_size"
+            lines.append(f"… but by less than the estimate may be wrong: try it, or take a smaller {key}")
         return lines
     seen: set[tuple[str, ...]] = set()
     for step in plan.too_large:
-        assert step.memory is not None
         ways = tuple(each.in_words() for each in step.switches)
         if (step.stage, *ways) in seen:
             continue
@@ -134,9 +134,8 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _store(plan: Plan) -> str:
-    trainings = [step for step in plan.steps if step.memory is not None]
-    rate = max((step.read_bytes / step.seconds for step in trainings), default=0.0)
-    kept = max((step.checkpoint_bytes for step in trainings), default=0)
+    rate = max((step.read_bytes / step.seconds for step in plan.trainings), default=0.0)
+    kept = max((step.checkpoint_bytes for step in plan.trainings), default=0)
     return (
         f"the store gives up to {bytes_in_words(rate)}/s to all workers, and takes {bytes_in_words(kept)} of "
         f"checkpoints at a time; {bytes_in_words(plan.total('written_bytes'))} are written in all"
@@ -144,8 +143,9 @@ def _store(plan: Plan) -> str:
 
 
 def _does_not_fit(plan: Plan, step: Step) -> Sequence[str]:
-    assert step.memory is not None
     head = f"DOES NOT FIT: {step.label} needs {step.memory.total / GIB:.1f} GiB of {plan.gpu.memory_bytes // GIB}."
+    if step.batch_key:
+        return [f"{head} Take a smaller {step.batch_key}, or a GPU with more memory for the driver"]
     if not step.switches:
         return [
             f"{head} No micro-batch, gradient checkpointing, FSDP or average in main memory would make it fit: take "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fewstep.distill.jumps import plan_jumps
 from fewstep.distill.settings import LadderKind, student_kind, student_label
 from fewstep.evaluate.classes.compare import table_specs
 from fewstep.evaluate.compare import row_specs
+from fewstep.models.latent import pictures_at_once
 from fewstep.models.lora import LoraSettings
-from fewstep.plan.network import Network
+from fewstep.plan.network import Network, networks_of_parts
 from fewstep.plan.shapes import Shape
 from fewstep.recipe import Recipe, StageName
 from fewstep.stage_settings import GuidanceStage, ProgressiveStage
@@ -56,12 +57,18 @@ class Passes:
         stage: the stage that they belong to.
         name: what is done, in words.
         each: (network, passes for a sample).
+        held: networks whose weights lie on the GPU meanwhile.
+        at_once: (network, most rows that it gets in one pass).
+        batch_key: the recipe's key that the rows follow.
         samples: how many samples; None: the training samples.
     """
 
     stage: StageName
     name: str
     each: tuple[tuple[Network, float], ...]
+    held: tuple[Network, ...]
+    at_once: tuple[tuple[Network, int], ...]
+    batch_key: str
     samples: int | None = None
 
 
@@ -75,7 +82,7 @@ def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
         if stage == "teacher":
             work += _teacher(recipe, shape)
         elif stage == "encode":
-            work += _encode(shape)
+            work += _encode(recipe, shape)
         elif stage == "convert":
             assert recipe.convert is not None
             work.append(Training("convert", "convert", recipe.convert.train, Network.of(shape), reads=_reads(shape)))
@@ -155,15 +162,28 @@ def _teacher_calls(settings: ProgressiveStage, ladder: LadderKind, steps: int) -
     return calls
 
 
-def _encode(shape: Shape) -> Iterator[Passes]:
+def _encode(recipe: Recipe, shape: Shape) -> Iterator[Passes]:
     if shape.vae is None:
         return
     # An inpainting model also gets the latents of the picture with its hole.
     pictures = 2.0 if "masked_latents" in shape.conditions else 1.0
-    each = [(Network.of(shape, "vae_encoder"), pictures)]
+    encoders = [(Network.of(shape, "vae_encoder"), pictures)]
     if shape.text_encoders:
-        each.append((Network.of(shape, "text_encoders"), 1.0))
-    yield Passes("encode", "encode", tuple(each))
+        encoders.append((Network.of(shape, "text_encoders"), 1.0))
+    yield _encoding(recipe, shape, "encode", "encode", encoders)
+
+
+def _encoding(
+    recipe: Recipe, shape: Shape, stage: StageName, name: str, encoders: Sequence[tuple[Network, float]]
+) -> Passes:
+    return Passes(
+        stage,
+        name,
+        tuple(encoders),
+        held=networks_of_parts(shape),
+        at_once=tuple((network, recipe.encode.batch_size) for network, _ in encoders),
+        batch_key="encode.batch_size",
+    )
 
 
 def _evaluate(recipe: Recipe, shape: Shape) -> Passes:
@@ -179,15 +199,24 @@ def _evaluate(recipe: Recipe, shape: Shape) -> Passes:
             stochastic="stochastic" in kinds,
         )
         samples, rows = classes.num_pictures, len(table)
+        batch, key = classes.compare.batch_size, "evaluate_classes.compare.batch_size"
         calls = sum(row.num_inference_steps * (1 if _is_student(row.method) or row.w == 0 else 2) for row in table)
     else:
         specs = row_specs(recipe.evaluate)
         samples, rows = recipe.evaluate.num_prompts, len(specs)
+        batch, key = recipe.evaluate.batch_size, "evaluate.batch_size"
         calls = sum(row.num_inference_steps * (1 if _is_student(row.method) else 2) for row in specs)
+    batch = min(batch, samples)
     each = [(Network.of(shape), float(calls))]
+    at_once = [(Network.of(shape), 2 * batch)]
     if shape.vae is not None:
-        each.append((Network.of(shape, "vae_decoder"), float(rows)))
-    return Passes("evaluate", "evaluate", tuple(each), samples=samples)
+        decoder = Network.of(shape, "vae_decoder")
+        each.append((decoder, float(rows)))
+        at_once.append((decoder, min(batch, pictures_at_once(shape.resolution, shape.resolution))))
+        at_once.append((Network.of(shape, "vae_encoder"), batch))
+    # The teacher and, one after the other, the students.
+    held = (*networks_of_parts(shape), Network.of(shape))
+    return Passes("evaluate", "evaluate", tuple(each), held, tuple(at_once), key, samples)
 
 
 def _is_student(method: str) -> bool:
@@ -209,5 +238,6 @@ def _teacher(recipe: Recipe, shape: Shape) -> Iterator[Work]:
         yield Training(
             "teacher", "autoencoder", settings.autoencoder_train, Network.of(shape, "autoencoder"), reads="pictures"
         )
-    yield Passes("teacher", "encode for the teacher", ((Network.of(shape, "vae_encoder"), 1.0),))
+    encoder = (Network.of(shape, "vae_encoder"), 1.0)
+    yield _encoding(recipe, shape, "teacher", "encode for the teacher", [encoder])
     yield Training("teacher", "teacher", settings.train, Network.of(shape, "denoiser_and_text"), reads="latents_alone")

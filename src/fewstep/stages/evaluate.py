@@ -128,8 +128,9 @@ def _compare(context: StageContext, teacher_uri: str, students: Mapping[int, Pat
     first = {"caption": prompts[0], "pixels": real[0], **({} if masks is None else {"mask": masks[0]})}
     models: dict[int, Denoiser] = {}
     for steps, folder in students.items():
-        student, info = load_model(folder), read_student_info(folder)  # in main memory until it is drawn from
+        student, info = load_model(folder).to(device), read_student_info(folder)
         _check_fits(student, teacher, first, str(folder))
+        student.to("cpu")  # until it is drawn from
         if info is not None:
             info.check_kind("this comparison", "deterministic")
             info.check(num_inference_steps=steps, guidance_scale=settings.guidance_scale)
@@ -175,7 +176,7 @@ def _check_fits(student: Parts, teacher: Parts, sample: Mapping[str, Any], name:
 
 def _same_condition(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return all(
-        value.shape == other[name].shape and torch.allclose(value.float(), other[name].float().cpu(), atol=1e-3)
+        value.shape == other[name].shape and torch.allclose(value.float(), other[name].float(), atol=1e-3)
         for name, value in own.items()
     )
 

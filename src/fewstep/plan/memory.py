@@ -48,15 +48,15 @@ class Memory:
     """
 
     weights: int
-    gradients: int
-    moments: int
-    average: int
-    frozen: int
-    gathered: int
-    activations: int
-    inputs: int
-    reserve: int
-    host_average: int
+    gradients: int = 0
+    moments: int = 0
+    average: int = 0
+    frozen: int = 0
+    gathered: int = 0
+    activations: int = 0
+    inputs: int = 0
+    reserve: int = 0
+    host_average: int = 0
 
     @property
     def total(self) -> int:
@@ -147,15 +147,8 @@ def memory_of_passes(passes: Passes) -> Memory:
     activations = max(forward_pass(network, bfloat16=False).peak_bytes(rows) for network, rows in passes.at_once)
     return Memory(
         weights=4 * sum(sizes(network).weights for network in passes.held),
-        gradients=0,
-        moments=0,
-        average=0,
-        frozen=0,
-        gathered=0,
         activations=activations,
-        inputs=0,
         reserve=RESERVE_BYTES + round(FRAGMENTATION * activations),
-        host_average=0,
     )
 
 

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_demo_ends_with_a_picture_and_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_ends_with_a_picture_and_three_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     content = tiny_recipe(tiny_teacher_folder(tmp_path / "teacher"), name="tiny-demo")
@@ -37,6 +39,8 @@ def test_demo_ends_with_a_picture_and_three_lines(tmp_path: Path, monkeypatch: p
     assert picture.size == (16, 16)
     assert picture.info["prompt"] == "a red apple, twemoji"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["results"]
+    # Ray's own line about the end of Serve would be the last that a user sees.
+    assert "graceful_shutdown" not in capfd.readouterr().err
     home = str(tmp_path / "home")
     assert not [p for p in psutil.process_iter(["cmdline"]) if any(home in part for part in p.info["cmdline"] or [])]
 

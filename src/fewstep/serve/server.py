@@ -9,9 +9,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -25,6 +28,7 @@ logger = logging.getLogger("fewstep.serve")
 
 APPLICATION = "fewstep"
 _ANSWER_TIMEOUT_S = 60.0
+_SHUTDOWN_TIMEOUT_S = 30.0
 
 
 class ServeError(FewstepError):
@@ -47,7 +51,7 @@ class RunningServer:
     def stop(self) -> None:
         """Take the service down, and Ray Serve with it if `run_server` had to start that."""
         if self._started_serve:
-            serve.shutdown()
+            _shut_serve_down()
         else:
             serve.delete(self.name)
 
@@ -112,6 +116,20 @@ def stop(name: str = APPLICATION) -> None:
         serve.delete(name)
     except RayServeException:
         logger.info("Ray Serve does not run here: nothing to stop")
+
+
+def _shut_serve_down() -> None:
+    # serve.shutdown alone waits on a task that never ends, as its actor is killed at last, and of that Ray writes a
+    # line to the terminal. So the actor is asked without waiting, and serve.shutdown finds it gone.
+    named = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
+    deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
+    with suppress(ValueError):  # no actor has the name any more
+        controller: Any = ray.get_actor(**named)
+        ray.wait([controller.graceful_shutdown.remote(wait=False)], timeout=_SHUTDOWN_TIMEOUT_S)
+        while time.monotonic() < deadline:
+            ray.get_actor(**named)
+            time.sleep(0.1)
+    serve.shutdown()
 
 
 def _absolute(uri: str) -> str:

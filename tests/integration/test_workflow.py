@@ -5,10 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -368,37 +364,3 @@ def test_a_stage_before_its_turn_names_the_missing_one(teacher: Path, workplace:
     recipe = parse_recipe({**tiny_recipe(teacher, name="tiny-early"), "seed": 99})
     with pytest.raises(FewstepError, match="stage prepare of recipe tiny-early has not finished"):
         run_stage("encode", recipe, workplace, out=tmp_path)
-
-
-@pytest.mark.timeout(900)
-def test_killed_workflow_goes_on_where_it_was(teacher: Path, tmp_path: Path) -> None:
-    """kill -9 of the whole command in the middle of stage two; the same command then does only what is left."""
-    content = tiny_recipe(teacher, name="tiny-killed", stages=["prepare", "encode", "guidance", "progressive"])
-    content["progressive"]["train"]["updates"] = 60
-    del content["register"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    environment = {**os.environ, "FEWSTEP_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "fewstep.cli", "run", "recipe.yaml"]
-
-    log = tmp_path / "first.log"
-    with log.open("w") as output:
-        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=output, stdout=output)
-        _wait_for(log, "2 steps", first)
-        time.sleep(3)
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-
-    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
-    assert second.returncode == 0, second.stderr
-    for stage in ("prepare", "encode", "guidance"):
-        assert f"{stage}: done already" in second.stderr
-    assert "progressive: done in" in second.stderr
-
-
-def _wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 350
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +46,7 @@ class ToyBatches:
         batch_size: int,
         die_at: int | None = None,
         died_marker: str | None = None,
+        dies_after: Callable[[], bool] | None = None,
         nan_at: int | None = None,
         fail_at: int | None = None,
         pause_s: float = 0.0,
@@ -55,7 +56,7 @@ class ToyBatches:
         self.each = batch_size // STREAMS
         self.position = dict.fromkeys(self.own, 0)
         self.rank = rank
-        self.die_at, self.died_marker = die_at, died_marker
+        self.die_at, self.died_marker, self.dies_after = die_at, died_marker, dies_after
         self.nan_at, self.fail_at, self.pause_s, self.log = nan_at, fail_at, pause_s, log
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -87,6 +88,9 @@ class ToyBatches:
         if update == self.fail_at:
             raise DataError("too many broken samples: 7 of 10, more than max_broken_share=0.1; look at the shards")
         if update == self.die_at and not (self.died_marker and Path(self.died_marker).exists()):
+            deadline = time.monotonic() + 60
+            while self.dies_after is not None and not self.dies_after() and time.monotonic() < deadline:
+                time.sleep(0.1)
             if self.died_marker:
                 Path(self.died_marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)

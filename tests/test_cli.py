@@ -253,10 +253,11 @@ def test_a_fault_of_ours_keeps_its_stack(student: Path, tmp_path: Path, monkeypa
     assert isinstance(call("export", student, tmp_path / "out").exception, ZeroDivisionError)
 
 
-def test_ctrl_c_is_the_way_to_stop_serving(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_the_way_to_stop_serving(student: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     class Interrupted:
         def wait(self) -> None:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr("fewstep.serving.served", lambda *models, **options: contextlib.nullcontext(Interrupted()))
     result = call("serve", student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -290,7 +291,7 @@ def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path 
 @_RECIPE_OPTION
 @plain_errors
 def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) -> None:
-    """Serve students over HTTP with the OpenAI Images API until Ctrl-C.
+    """Serve students over HTTP with the OpenAI Images API until Ctrl-C or SIGTERM.
 
     MODELS are students, the first is the default. Without any: the champion that the demo left in the embedded
     registry, or else the emoji students that ship with fewstep.
@@ -302,6 +303,7 @@ def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) ->
     loaded = _recipe(recipe)
     with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
         click.echo("Stop with Ctrl-C.")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as containers and service managers stop a program
         with suppress(KeyboardInterrupt):  # the way to stop it, so no error
             server.wait()
     click.echo("Stopped serving.")

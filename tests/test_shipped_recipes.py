@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fewstep.data.stream import stack_samples
+from fewstep.data.part import stack_samples
 from fewstep.distill.settings import student_kind
 from fewstep.models import (
     SCHEDULER_CONFIG,

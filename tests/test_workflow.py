@@ -113,7 +113,7 @@ def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: d
         ({"guidance__num_validation": 9}, "guidance"),
         ({"evaluate__guidance_scale": 3.0}, "progressive"),
         ({"guidance__train__learning_rate": 1e-4}, "guidance"),
-        ({"stream__shuffle_shards": 7}, "guidance"),
+        ({"stream__shuffle_bytes": 7}, "guidance"),
         ({"progressive__loss_weight": "x"}, "progressive"),
         ({"progressive__updates": {1: 20}}, "progressive"),
         ({"evaluate__num_prompts": 100}, "evaluate"),
@@ -149,7 +149,7 @@ def test_evaluating_otherwise_trains_nothing_anew(teacher: Path, storage: Storag
         {"seed": 1},
         {"guidance__w_max": 5.0},
         {"guidance__train__updates": 11},
-        {"stream__shuffle_shards": 7},
+        {"stream__shuffle_bytes": 7},
         {"guidance__loss_weight": "snr"},
     ],
     ids=str,
@@ -165,7 +165,7 @@ def test_ladders_without_stage_one_are_named_by_all_that_they_begin_with(teacher
         before = guided_pair_fingerprint(recipe, w=w, teacher_digest=model, latents_digest=data)
         return rung_fingerprint(recipe, "naive" if w is None else "single_w", 8, w=w, before=before)
 
-    changed = [first(seed=1), first(stream__shuffle_shards=7), first(model="other"), first(data="other")]
+    changed = [first(seed=1), first(stream__shuffle_bytes=7), first(model="other"), first(data="other")]
     assert len({first(), *changed}) == 5
     # A student of one weight does not see the range of stage one; one of the guided pair is trained on it.
     assert (first(guidance__w_max=5.0) == first()) == (w is not None)

@@ -21,7 +21,7 @@ from fewstep.data.classes import ClassPicturesSettings, class_names, class_sampl
 from fewstep.data.classes.settings import FASHION_MNIST
 from fewstep.data.pictures import decode_class_picture, decode_picture
 from fewstep.data.shards import write_shards
-from fewstep.data.stream import ShardStream
+from fewstep.data.stream import ShardStream, StreamSettings
 from fewstep.errors import DataError
 from fewstep.storage import Storage
 
@@ -135,7 +135,7 @@ def test_samples_become_batches_of_labels_and_pixels(tmp_path: Path, storage: St
     )
     decode = partial(decode_class_picture, resolution=32, channels=1, num_classes=3)
     with ShardStream(
-        index, storage=storage, decode=decode, num_streams=1, global_batch_size=12, seed=0, prefetch_batches=1
+        index, storage=storage, decode=decode, settings=StreamSettings(num_streams=1), global_batch_size=12, seed=0
     ) as stream:
         batch = next(iter(stream))
     assert batch.counts == {}

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from fewstep.data.order import check_streams, cut_blocks, deal_shards, own_streams, shuffle_block
+from fewstep.data.canonical import ShardOrder
+from fewstep.data.order import (
+    check_streams,
+    cut_blocks,
+    cut_pieces,
+    deal_shards,
+    own_streams,
+    shuffle_block,
+    shuffle_pieces,
+)
+from fewstep.data.shards import Shard
 from fewstep.errors import DataError
 
-COUNTS = [5, 1, 7, 3, 3, 9, 2, 4, 6, 8, 1, 5]  # samples of each shard
+SIZES = [512 * size for size in (500, 1, 700, 30, 3, 90, 20, 40, 6, 8, 1, 5)]  # of the shards, in bytes
+SHARDS = tuple(Shard(f"s3://b/{number}.tar", None, size) for number, size in enumerate(SIZES))
 
 
-def order_of(stream: int, *, epoch: int, seed: int, num_streams: int = 4, shuffle_shards: int = 2) -> list[tuple]:
-    """(shard, sample) in the order in which the stream gives them."""
-    taken = []
-    shards = deal_shards(len(COUNTS), num_streams=num_streams, seed=seed, epoch=epoch)[stream]
-    for block, members in enumerate(cut_blocks(shards, shuffle_shards=shuffle_shards)):
-        samples = [(shard, sample) for shard in members for sample in range(COUNTS[shard])]
-        order = shuffle_block(len(samples), seed=seed, epoch=epoch, stream=stream, block=block)
-        taken += [samples[number] for number in order]
-    return taken
+def order_of(stream: int, *, epoch: int, seed: int) -> list[tuple[int, int, int]]:
+    """(shard, start, end) of the pieces in the order in which the stream reads them."""
+    order = ShardOrder(SHARDS, num_streams=4, seed=seed, piece_bytes=20_000, shuffle_bytes=60_000)
+    return [(p.shard, p.start, p.end) for block in order.blocks(epoch, stream) for p in block]
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_every_sample_comes_once_an_epoch(epoch: int) -> None:
-    taken = [sample for stream in range(4) for sample in order_of(stream, epoch=epoch, seed=3)]
-    assert sorted(taken) == [(shard, sample) for shard, count in enumerate(COUNTS) for sample in range(count)]
+def test_every_byte_comes_once_an_epoch(epoch: int) -> None:
+    taken = sorted(piece for stream in range(4) for piece in order_of(stream, epoch=epoch, seed=3))
+    for shard, size in enumerate(SIZES):
+        pieces = [(start, end) for number, start, end in taken if number == shard]
+        assert pieces[0][0] == 0
+        assert pieces[-1][1] == size
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
+        assert all(start % 512 == 0 for start, _ in pieces)
+    assert len(taken) > 40
+
+
+def test_pieces_are_of_about_the_size_asked_for() -> None:
+    for size in (0, 1, 511, 512, 10_240, 29_000, 31_000, 1_000_000):
+        pieces = cut_pieces(size, piece_bytes=20_000)
+        assert pieces[0][0] == 0
+        assert pieces[-1][1] == size
+        if size >= 31_000:
+            assert all(13_000 < end - start < 30_512 for start, end in pieces)
+
+
+def test_blocks_grow_to_the_size_of_the_buffer() -> None:
+    blocks = cut_blocks([10] * 40 + [500, 1, 2], shuffle_bytes=100)
+    assert [len(block) for block in blocks] == [1, 2, 4, 8, 10, 10, 6, 2]
+    assert [number for block in blocks for number in block] == list(range(43))
+    assert [len(block) for block in cut_blocks([10] * 3, shuffle_bytes=1)] == [1, 1, 1]
+    assert cut_blocks([], shuffle_bytes=100) == []
 
 
 def test_order_changes_with_epoch_and_seed_and_is_the_same_again() -> None:
@@ -46,6 +77,7 @@ def test_samples_of_a_block_are_mixed() -> None:
 def test_order_is_fixed_for_all_time() -> None:
     """A checkpoint written by an older release must go on with the same samples."""
     assert shuffle_block(8, seed=1, epoch=2, stream=3, block=4) == [1, 6, 7, 0, 4, 5, 3, 2]
+    assert shuffle_pieces(6, seed=1, epoch=2, stream=3) == [1, 4, 5, 3, 2, 0]
     assert deal_shards(6, num_streams=2, seed=1, epoch=0) == [[2, 5, 3], [4, 0, 1]]
 
 

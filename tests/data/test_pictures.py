@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fewstep.data.pictures import decode_class_picture, decode_picture
 from fewstep.data.source import BadSampleError
@@ -45,6 +45,41 @@ def test_every_member_of_img2dataset_is_read(kind: str) -> None:
     assert pixels.shape == (3, 16, 16)
     assert (pixels[:, 8, 2] - torch.tensor([255, 0, 0])).abs().max() < 12
     assert (pixels[:, 8, 13] - torch.tensor([0, 0, 255])).abs().max() < 12
+
+
+def _photograph(size: tuple[int, int]) -> Image.Image:
+    """Smooth colours with edges and grain, as a camera gives them."""
+    noise = np.random.default_rng(0)
+    rough = Image.fromarray(noise.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(rough).astype(int) + noise.normal(0, 6, (size[1], size[0], 3)).astype(int)
+    pixels[size[1] // 3 :, size[0] // 2 :] //= 2
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("save", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"subsampling": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_are_decoded_to_the_bits_that_pillow_gives(mode: str, save: dict[str, Any]) -> None:
+    sample = _sample(_photograph((64, 64)).convert(mode), kind="jpg", **save)
+    wanted = np.array(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
+    assert np.array_equal(decode_picture(sample, resolution=64)["pixels"].permute(1, 2, 0), wanted)
+
+
+def test_a_picture_of_the_right_height_is_cropped_and_not_resampled() -> None:
+    picture = _photograph((97, 64))
+    pixels = decode_picture(_sample(picture, kind="jpg", quality=95), resolution=64)["pixels"]
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95)
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(file))[:, 16:80])
+
+
+@pytest.mark.parametrize("size", [(640, 512), (301, 257), (256, 1400)])
+def test_a_large_jpeg_is_reduced_as_from_its_whole(size: tuple[int, int]) -> None:
+    sample = _sample(_photograph(size), kind="jpg", quality=95)
+    pixels = decode_picture(sample, resolution=64)["pixels"].permute(1, 2, 0).int().numpy()
+    whole = ImageOps.fit(Image.open(io.BytesIO(sample["jpg"])), (64, 64), Image.Resampling.LANCZOS)
+    difference = np.abs(pixels - np.asarray(whole).astype(int))
+    assert difference.mean() < 2.5  # an odd side at half its size is a quarter of a pixel off
+    assert difference.max() < 40  # at an edge
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

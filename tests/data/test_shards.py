@@ -7,6 +7,7 @@ import json
 import logging
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +205,13 @@ def test_a_file_that_is_no_tar_loses_all_its_samples(tmp_path: Path) -> None:
     assert counts.skipped == {"shard cut short": 2}
 
 
-def test_more_samples_than_the_index_says_is_an_error(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_the_one_of_the_index_is_an_error(tmp_path: Path) -> None:
     index = write_shards(make_samples(2), str(tmp_path), samples_per_shard=2, storage=LOCAL)
-    (tmp_path / "other").mkdir()
-    write_shards(make_samples(3), str(tmp_path / "other"), samples_per_shard=3, storage=LOCAL)
+    write_shards(make_samples(40), str(tmp_path / "other"), samples_per_shard=40, storage=LOCAL)
     (tmp_path / "other" / "00000.tar").replace(tmp_path / "00000.tar")
-    with pytest.raises(DataError, match="holds 3 samples but its index says 2"):
+    with pytest.raises(DataError, match=r"has \d+ bytes, but the list of shards says 10240: it was written again"):
         list(iterate_samples(index.shards, storage=LOCAL, decode=decode_text))
+    shard = index.shards[0]
+    write_shards(make_samples(2), str(tmp_path), samples_per_shard=2, storage=LOCAL)
+    with pytest.raises(DataError, match="holds 2 samples but its index says 1"):
+        list(iterate_samples([replace(shard, num_samples=1)], storage=LOCAL, decode=decode_text))

@@ -225,6 +225,45 @@ def test_a_read_goes_on_where_the_connection_broke(storage: Storage, bucket_uri:
         assert b"".join(pieces) == data
 
 
+def test_ranges(storage: Storage, bucket_uri: str, tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "big").write_bytes(data)
+    storage.write_bytes(join(bucket_uri, "big"), data)
+    for uri in (join(bucket_uri, "big"), str(tmp_path / "big")):
+        for start, end in ((0, 1), (512, 2_000_512), (2_999_999, 3_000_000), (0, 3_000_000)):
+            part = storage.read_range(uri, start, end)
+            assert bytes(part.data) == data[start:end]
+            assert part.size_bytes == 3_000_000
+        assert bytes(storage.read_range(uri, 2_999_000, 9_000_000).data) == data[2_999_000:]
+        assert bytes(storage.read_range(uri, 3_000_000, 3_000_001).data) == b""
+        with pytest.raises(StorageError, match="range 5 to 5 is empty"):
+            storage.read_range(uri, 5, 5)
+        with pytest.raises(ObjectNotFoundError, match="no such"):
+            storage.read_range(uri + "?", 0, 5)
+    (info,) = storage.list(bucket_uri)
+    assert storage.read_range(info.uri, 0, 5, etag=info.etag).etag == info.etag
+    storage.write_bytes(info.uri, bytes(3_000_000))
+    with pytest.raises(ObjectChangedError, match="written again"):
+        storage.read_range(info.uri, 0, 5, etag=info.etag)
+
+
+@pytest.mark.usefixtures("with_keys")
+def test_a_range_goes_on_where_the_connection_broke(storage: Storage, bucket_uri: str) -> None:
+    uri, data = join(bucket_uri, "big"), os.urandom(5_000_000)
+    storage.write_bytes(uri, data)
+    with flaky(storage, [1_500_000, 100, 2_000_000, 700_000]) as (proxy, through):
+        assert bytes(through.read_range(uri, 1000, 4_900_000).data) == data[1000:4_900_000]
+        assert proxy.connections == 5
+    with flaky(storage, [1_000_000], stall=True, read_timeout_s=0.5) as (proxy, through):
+        assert bytes(through.read_range(uri, 0, 3_000_000).data) == data[:3_000_000]
+        assert proxy.connections == 2
+    with (
+        flaky(storage, [1_000_000] + [50] * 9, retry_attempts=4) as (_, through),
+        pytest.raises(StorageError, match=r"big at byte \d+: .* did not answer properly in 4 attempts|in 4 attempts"),
+    ):
+        through.read_range(uri, 0, 5_000_000)
+
+
 @pytest.mark.usefixtures("with_keys")
 def test_a_read_goes_on_after_a_silence(storage: Storage, bucket_uri: str) -> None:
     data = os.urandom(3_000_000)

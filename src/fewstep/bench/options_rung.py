@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep.data.emoji.dataset import EmojiSettings, emoji_samples
+from fewstep.data.part import stack_samples
 from fewstep.data.pictures import decode_picture
-from fewstep.data.stream import Batch, stack_samples
+from fewstep.data.stream import Batch
 from fewstep.diffusion import ddim
 from fewstep.distill import ProgressiveObjective
 from fewstep.errors import RecipeError

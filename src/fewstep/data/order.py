@@ -1,7 +1,9 @@
 """The order of samples: a pure function of (seed, epoch, shard list), whatever the number of workers.
 
 An epoch's shards are shuffled and dealt, like cards, over a fixed number of canonical streams. Each stream cuts its
-shards into blocks of a few shards and shuffles all samples of a block. A worker owns whole streams, so the samples
+shards into pieces of some megabytes, shuffles the pieces, takes as many as its buffer holds for a block, and shuffles
+all samples of the block. So what lies side by side in a shard comes far apart, and the buffer has its size in bytes,
+whatever the size of shards and samples. A worker owns whole streams, so the samples
 that stream *s* gives do not depend on who reads it, and a position in a stream says exactly what comes next. The idea
 is that of mosaicml/streaming (``py1e`` shuffle over canonical nodes).
 
@@ -17,7 +19,8 @@ import numpy as np
 
 from fewstep.errors import DataError
 
-_DEAL, _SHUFFLE = 0, 1  # keep the random numbers of the two uses apart
+_DEAL, _SHUFFLE, _PIECES = 0, 1, 2  # keep the random numbers of the uses apart
+_BLOCK = 512  # of a tar
 
 
 def _permutation(size: int, *key: int) -> list[int]:
@@ -62,9 +65,34 @@ def deal_shards(num_shards: int, *, num_streams: int, seed: int, epoch: int) -> 
     return [order[stream::num_streams] for stream in range(num_streams)]
 
 
-def cut_blocks(shards: Sequence[int], *, shuffle_shards: int) -> list[list[int]]:
-    """The shards of one stream and epoch in blocks of `shuffle_shards` (the last may be smaller)."""
-    return [list(shards[start : start + shuffle_shards]) for start in range(0, len(shards), shuffle_shards)]
+def cut_pieces(size_bytes: int, *, piece_bytes: int) -> list[tuple[int, int]]:
+    """The pieces that a tar is read in, as (start, end): of about `piece_bytes`, at borders of tar's blocks."""
+    count = max(1, round(size_bytes / piece_bytes))
+    bounds = [size_bytes * number // count // _BLOCK * _BLOCK for number in range(count)]
+    return list(zip(bounds, [*bounds[1:], size_bytes], strict=True))
+
+
+def shuffle_pieces(num_pieces: int, *, seed: int, epoch: int, stream: int) -> list[int]:
+    """The order in which a stream reads the pieces 0 … `num_pieces` − 1 of its shards (one shard after another)."""
+    return _permutation(num_pieces, seed, _PIECES, epoch, stream)
+
+
+def cut_blocks(sizes: Sequence[int], *, shuffle_bytes: int) -> list[range]:
+    """The pieces of one stream and epoch, of `sizes` bytes, in blocks that are shuffled together.
+
+    A block is as many pieces as are needed to reach its bytes: one piece at first, so that the first sample does not
+    wait for a full buffer, then twice as many bytes each time, up to `shuffle_bytes`.
+    """
+    blocks: list[range] = []
+    start, held, wanted = 0, 0, min(1, shuffle_bytes)
+    for number, size in enumerate(sizes):
+        held += size
+        if held >= wanted:
+            blocks.append(range(start, number + 1))
+            start, held, wanted = number + 1, 0, min(2 * max(held, wanted), shuffle_bytes)
+    if start < len(sizes):
+        blocks.append(range(start, len(sizes)))
+    return blocks
 
 
 def shuffle_block(num_samples: int, *, seed: int, epoch: int, stream: int, block: int) -> list[int]:

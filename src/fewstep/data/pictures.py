@@ -7,13 +7,16 @@ import re
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fewstep.data.source import BadSampleError, Sample
 from fewstep.errors import DataError
 
 _EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+_HEAD_BYTES = 1 << 16  # where a JPEG has its metadata
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -71,17 +74,49 @@ def _pixels(sample: Sample, resolution: int, *, channels: int) -> torch.Tensor:
     data = next((sample[extension] for extension in _EXTENSIONS if extension in sample), None)
     if data is None:
         raise BadSampleError("no picture", f"none of the members .{', .'.join(_EXTENSIONS)} is there")
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            picture = _flatten(ImageOps.exif_transpose(opened) or opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadSampleError("broken picture", str(error)) from error
+    pixels = _plain_jpeg(data, resolution)
+    if pixels is not None and channels == 3 and min(pixels.shape[:2]) == resolution:
+        top, left = ((side - resolution) // 2 for side in pixels.shape[:2])
+        return _channels_first(pixels[top : top + resolution, left : left + resolution])
+    picture = _picture(data) if pixels is None else Image.fromarray(pixels)
     picture = picture.convert(_MODES[channels])
     if picture.size != (resolution, resolution):
         picture = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    cropped = np.array(picture)
+    return torch.from_numpy(cropped)[None] if channels == 1 else _channels_first(cropped)
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _plain_jpeg(data: bytes, resolution: int) -> NDArray[np.uint8] | None:
+    """Return the pixels (H, W, 3) of a JPEG that needs no turning and no conversion; None for everything else.
+
+    They are bit for bit those that Pillow gives, in about half its time; but from a picture of at least four times the
+    resolution, at half, a quarter or an eighth of its size, which the decoder has for less than the whole.
+    """
+    if data[:2] != b"\xff\xd8" or data.find(b"Exif\0\0", 0, _HEAD_BYTES) >= 0:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+            return None
+        shorter = min(height, width)
+        side = {"min_height": 2 * resolution, "min_width": 2 * resolution} if shorter >= 4 * resolution else {}
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_factor=2 if side else 1, **side)
+    except ValueError:  # what is wrong with it, if anything is, Pillow shall say
+        return None
+    return pixels
+
+
+def _picture(data: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            return _flatten(ImageOps.exif_transpose(opened) or opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSampleError("broken picture", str(error)) from error
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

@@ -32,6 +32,7 @@ class Shard:
     num_samples: int | None
     size_bytes: int
     fingerprint: str = ""  # SHA-256 from the index, or else the store's ETag
+    etag: str = ""  # the store's, where the shard was listed and not read from an index
 
     @property
     def name(self) -> str:
@@ -146,7 +147,7 @@ def read_index(uri: str, *, storage: Storage) -> ShardIndex:
         if tar_uri.endswith(".tar"):
             stats = tar_uri.removesuffix(".tar") + "_stats.json"
             count = storage.read_json(stats).get("successes") if stats in objects else None
-            found.append(Shard(tar_uri, count, info.size_bytes, info.etag))
+            found.append(Shard(tar_uri, count, info.size_bytes, info.etag, info.etag))
     if not found:
         raise DataError(f"There are no shards (*.tar) in {uri}. Check the address, or run the prepare stage first.")
     return ShardIndex(tuple(found))

@@ -87,7 +87,7 @@ def sample_batches(
         seed=seed,
         rank=rank,
         world_size=world_size,
-        **stream.model_dump(),
+        settings=stream,
     )
 
 
@@ -115,24 +115,33 @@ def latent_batches(
     """
     if tokenizers is None:
         return sample_batches(shards, decode=decode_latents, storage=storage, **more)
-    loaded = {name: _tokenize(uri, folder, storage) for name, (uri, folder) in tokenizers.items()}
+    loaded = {
+        name: _Tokenize(str(fetch_model(uri, storage=storage) / folder)) for name, (uri, folder) in tokenizers.items()
+    }
     decode = partial(decode_latents, condition_names=tuple(condition_names), token_ids=loaded)
     return sample_batches(shards, decode=decode, storage=storage, **more)
 
 
-def _tokenize(uri: str, folder: str, storage: Storage) -> Callable[[list[str]], Tensor]:
-    from transformers import CLIPTokenizer
+class _Tokenize:
+    """Prompts to token ids (B, L), with the tokenizer of a model's folder; picklable, to decode in other processes."""
 
-    tokenizer = CLIPTokenizer.from_pretrained(str(fetch_model(uri, storage=storage) / folder))
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._tokenizer: Any = None
 
-    def token_ids(prompts: list[str]) -> Tensor:
-        ids: Tensor = tokenizer(
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder, "_tokenizer": None}
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        if self._tokenizer is None:
+            from transformers import CLIPTokenizer
+
+            self._tokenizer = CLIPTokenizer.from_pretrained(self._folder)
+        ids: Tensor = self._tokenizer(
             prompts,
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=self._tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
         return ids
-
-    return token_ids

@@ -193,7 +193,11 @@ _BY_STEPS = ("start_times", "prediction_type")
 
 
 def _order(recipe: Recipe) -> dict[str, Any]:
-    return {"num_streams": recipe.stream.num_streams, "shuffle_shards": recipe.stream.shuffle_shards}
+    return {
+        "num_streams": recipe.stream.num_streams,
+        "piece_bytes": recipe.stream.piece_bytes,
+        "shuffle_bytes": recipe.stream.shuffle_bytes,
+    }
 
 
 def drawn_splits(recipe: Recipe) -> list[Split]:

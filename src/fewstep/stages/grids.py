@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.data.stream import stack_samples
+from fewstep.data.part import stack_samples
 from fewstep.diffusion import RowRandom, ddim, ddim_encode
 from fewstep.distill.clean import draw_clean
 from fewstep.models import Parts, initial_noise, load_model, read_student_info, sample_student

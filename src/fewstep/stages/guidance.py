@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.data.part import stack_samples
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
-from fewstep.data.stream import stack_samples
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import GuidanceObjective, GuidedError, guided_relative_error
 from fewstep.distill.ladders import check_ladders

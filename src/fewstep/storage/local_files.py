@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from fewstep.errors import StorageError
 from fewstep.storage.faults import ObjectNotFoundError, full_error, is_full
+from fewstep.storage.object_range import ObjectRange
 
 
 @contextlib.contextmanager
@@ -31,6 +32,16 @@ def open_read(path: Path) -> BinaryIO:
     """The file, open for reading. ObjectNotFoundError when it is missing."""
     with disk_errors(f"read {path}", path):
         return path.open("rb")
+
+
+def read_range(path: Path, start: int, end: int) -> ObjectRange:
+    """The bytes `start` to `end` of the file; fewer where it ends before. ObjectNotFoundError when it is missing."""
+    with disk_errors(f"read {path}", path), path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        data = bytearray(max(0, min(end, size_bytes) - start))
+        file.seek(start)
+        got = file.readinto(data)
+        return ObjectRange(data[:got], size_bytes, "")
 
 
 def write(path: Path, data: bytes, *, if_absent: bool) -> bool:

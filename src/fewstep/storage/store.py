@@ -24,6 +24,7 @@ from fewstep.errors import StorageError
 from fewstep.storage import local_files
 from fewstep.storage.embedded import Credentials, running_server
 from fewstep.storage.faults import ObjectNotFoundError, Place, error_code, retrying
+from fewstep.storage.object_range import ObjectRange, read_range
 from fewstep.storage.object_stream import ObjectStream
 from fewstep.storage.settings import StorageSettings
 
@@ -96,6 +97,26 @@ class Storage:
         """The whole object."""
         with self.open(uri) as stream:
             return stream.read()
+
+    def read_range(self, uri: str, start: int, end: int, *, etag: str | None = None) -> ObjectRange:
+        """The bytes `start` to `end` (not included) of the object; fewer where it ends before.
+
+        Read as `open` reads, over as many connections as it takes. With `etag` (of `list`) only if the object has it:
+        ObjectChangedError otherwise. Local files have none.
+        """
+        if not 0 <= start < end:
+            raise StorageError(f"read {uri}: the range {start} to {end} is empty: end must be greater than start.")
+        place = _bucket_and_key(uri)
+        if place is None:
+            return local_files.read_range(_path(uri), start, end)
+        bucket, key = place
+
+        def get(extra: dict[str, str]) -> dict[str, Any]:
+            return self._client().get_object(Bucket=bucket, Key=key, **extra)
+
+        return read_range(
+            get, start, end, etag=etag, what=f"read {uri}", limits=self.settings, place=self._place(bucket)
+        )
 
     def write_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Writes the object in one step. False when `if_absent` and it was there already (nothing is written)."""

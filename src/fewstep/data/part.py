@@ -1,0 +1,159 @@
+"""The rows of some canonical streams, batch by batch: what one thread or process reads and decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.data.canonical import CanonicalStream, ShardOrder
+from fewstep.data.disk_cache import DiskCache
+from fewstep.data.pieces import PieceMemory, PieceReader, PieceSource
+from fewstep.data.source import Decode, SampleCounts, as_sample, decode_sample
+from fewstep.errors import DataError
+from fewstep.storage import Storage
+
+Position = tuple[int, int, int]
+
+
+@dataclass
+class Part:
+    """Some streams, by where they are, and what was skipped in them."""
+
+    positions: dict[int, Position]
+    counts: SampleCounts
+
+
+@dataclass
+class PartBatch:
+    """The rows of a part for one update, and the part after it. data and rows are those of a `Batch`."""
+
+    data: dict[str, Any]
+    rows: list[int]
+    after: Part
+
+
+class PartReader:
+    """Reads parts of a data set. Picklable, without what it has kept in memory.
+
+    Args:
+        order: of the samples.
+        storage: where the shards lie.
+        decode: as for `ShardStream`.
+        rows_per_stream: rows of each stream in a batch.
+        connections: pieces read at once.
+        cache_bytes: raw pieces kept in memory.
+        disk_cache: folder and limit in bytes of what is kept on the local disk.
+    """
+
+    def __init__(
+        self,
+        *,
+        order: ShardOrder,
+        storage: Storage,
+        decode: Decode,
+        rows_per_stream: int,
+        connections: int,
+        cache_bytes: int,
+        disk_cache: tuple[Path, int] | None = None,
+    ) -> None:
+        self._order, self._storage, self._decode = order, storage, decode
+        self._rows_per_stream, self._connections = rows_per_stream, connections
+        self._cache_bytes, self._disk_cache = cache_bytes, disk_cache
+        self._source: PieceSource | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": None}
+
+    def read(self, part: Part) -> Iterator[PartBatch]:
+        """Yield the batches of a part, without end.
+
+        Raises:
+            DataError: too many samples are broken, or a shard is not the one that was listed.
+            CheckpointError: the shards have no such position.
+            StorageError: the store does not answer.
+        """
+        source, counts = self._pieces(), part.counts.copy()
+        pool = ThreadPoolExecutor(max_workers=self._connections, thread_name_prefix="fewstep-shards")
+        try:
+            streams = [
+                CanonicalStream(number, self._order, source, pool, position)
+                for number, position in part.positions.items()
+            ]
+            for stream in streams:
+                stream.prefetch()
+            while True:
+                samples, rows = [], []
+                for stream in streams:
+                    for k in range(self._rows_per_stream):
+                        samples.append(self._next_sample(stream, counts))
+                        rows.append(stream.number * self._rows_per_stream + k)
+                positions = {stream.number: stream.position for stream in streams}
+                yield PartBatch(stack_samples(samples), rows, Part(positions, counts.copy()))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _pieces(self) -> PieceSource:
+        if self._source is None:
+            disk = DiskCache(self._disk_cache[0], size_bytes=self._disk_cache[1]) if self._disk_cache else None
+            self._source = PieceMemory(PieceReader(self._storage, disk_cache=disk), size_bytes=self._cache_bytes)
+        return self._source
+
+    def _next_sample(self, stream: CanonicalStream, counts: SampleCounts) -> dict[str, Any]:
+        first_epoch = stream.position[0]
+        while True:
+            place = stream.next_place()
+            for lost in stream.take_lost():
+                counts.seen += lost.samples
+                counts.lose(lost.shard.uri, lost.reason, lost.detail, samples=lost.samples, start=lost.start)
+            if stream.position[0] > first_epoch + 1:
+                worst = max(counts.shards, key=lambda shard: counts.shards[shard], default="its shards")
+                raise DataError(
+                    f"Stream {stream.number} found no usable sample in a whole epoch; skipped: {counts.skipped}. "
+                    f"Look at {worst}."
+                )
+            if place is None:
+                continue
+            decoded = decode_sample(as_sample(place.sample), self._decode, shard=place.shard, counts=counts)
+            if decoded is not None:
+                return decoded
+
+
+def stack_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as one batch: tensors, arrays and numbers stacked on dim 0, everything else as lists.
+
+    Errors: DataError when the samples have different names or shapes.
+    """
+    batch: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        try:
+            values = [sample[name] for sample in samples]
+            if isinstance(first, torch.Tensor):
+                batch[name] = torch.stack(values)
+            elif isinstance(first, (bool, int, float)) or hasattr(first, "__array__"):
+                batch[name] = torch.stack([torch.as_tensor(value) for value in values])
+            else:
+                batch[name] = values
+        except (KeyError, RuntimeError) as error:
+            raise DataError(f"The samples of a batch do not fit together in {name!r}: {error}") from error
+    return batch
+
+
+def join_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `stack_samples` makes of all samples of some batches, one batch after another; DataError as there."""
+    if len(batches) == 1:
+        return batches[0]
+    joined: dict[str, Any] = {}
+    for name, first in batches[0].items():
+        try:
+            values = [batch[name] for batch in batches]
+            joined[name] = (
+                torch.cat(values) if isinstance(first, torch.Tensor) else [v for each in values for v in each]
+            )
+        except (KeyError, RuntimeError) as error:
+            raise DataError(f"The samples of a batch do not fit together in {name!r}: {error}") from error
+    return joined

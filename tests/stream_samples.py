@@ -1,0 +1,31 @@
+"""Samples of tests of the stream, and their decoder, where loading processes can import it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from fewstep.data.source import BadSampleError
+
+
+def make_samples(count: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        picture = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(picture, "PNG")
+        yield {"__key__": f"{number:09d}", "png": picture.getvalue(), "txt": f"caption {number}".encode()}
+
+
+def decode(sample: dict[str, Any]) -> dict[str, Any]:
+    if "txt" not in sample:
+        raise BadSampleError("no caption")
+    try:
+        picture = np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise BadSampleError("broken image", str(error)) from error
+    return {"pixels": torch.from_numpy(picture.copy()).permute(2, 0, 1), "text": sample["txt"].decode()}

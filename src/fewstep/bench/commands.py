@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel
 
 from fewstep.bench.checked import checked
+from fewstep.bench.data.command import data
 from fewstep.bench.options import options
 from fewstep.bench.translation import translation
 from fewstep.plain_errors import plain_errors
@@ -25,6 +26,7 @@ def bench() -> None:
     """Measure training and sampling on this machine, and repeat experiments whose figures the docs have."""
 
 
+bench.add_command(data)
 bench.add_command(options)
 bench.add_command(translation)
 

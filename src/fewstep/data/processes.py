@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -72,14 +73,17 @@ class InProcesses:
         # Not by fork: a Ray worker has threads, whose locks a forked process would find shut for ever.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fewstep.data.part"])
-        loader = DataLoader(
-            _PartDataset(reader, parts),
-            batch_size=None,
-            num_workers=len(parts),
-            prefetch_factor=ahead,
-            multiprocessing_context=context,
-        )
-        self._items: Any = iter(loader)
+        with warnings.catch_warnings():
+            # torch advises one process for each core; how many there are is the recipe's choice.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                _PartDataset(reader, parts),
+                batch_size=None,
+                num_workers=len(parts),
+                prefetch_factor=ahead,
+                multiprocessing_context=context,
+            )
+            self._items: Any = iter(loader)
 
     def __iter__(self) -> Iterator[list[PartBatch]]:
         while self._items is not None:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _SEEN_BEFORE_JUDGING = 100
 _PIECE_BYTES = 16 << 20  # of a pass through a shard from its begin to its end
 
-Sample = dict[str, Any]  # "__key__": str, and the members by extension: bytes
+Sample = dict[str, Any]  # "__key__": str, and the members by extension: bytes or bytearray
 Decode = Callable[[Sample], dict[str, Any]]
 
 
@@ -156,8 +156,8 @@ def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: Sam
 
 
 def as_sample(raw: RawSample) -> Sample:
-    """The sample with copies of its members' bytes."""
-    return {"__key__": raw.key, **{extension: bytes(data) for extension, data in raw.members.items()}}
+    """The sample with copies of its members: the piece may stay in memory, and arrays may be made of them in place."""
+    return {"__key__": raw.key, **{extension: bytearray(data) for extension, data in raw.members.items()}}
 
 
 def known_samples(shards: Sequence[Shard]) -> int | None:

@@ -93,6 +93,11 @@ class Storage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    def through(self, endpoint_url: str, **settings: Any) -> Storage:
+        """The same store by another address, such as a proxy's; `settings` replace those of this one."""
+        changed = self.settings.model_copy(update=settings)
+        return Storage(changed, endpoint_url=endpoint_url, credentials=self._credentials)
+
     def read_bytes(self, uri: str) -> bytes:
         """The whole object."""
         with self.open(uri) as stream:

@@ -166,7 +166,8 @@ def table(result: Mapping[str, Any]) -> str:
     rows.append((
         f"an epoch with {bad['resets']} reads reset, {bad['busy']} answered 503, one shard cut to half, one missing",
         f"of {bad['samples']} samples {bad['lost_of_whole_shards']} of whole shards lost, {bad['doubled']} doubled, "
-        f"{bad['kept_of_the_cut_shard']} of {bad['in_the_cut_shard']} of the cut shard kept; counted until the last stream's epoch ended: "
+        f"{bad['kept_of_the_cut_shard']} of {bad['in_the_cut_shard']} of the cut shard kept; counted until the last "
+        "stream ended its epoch: "
         + ", ".join(f"{count} {reason}" for reason, count in sorted(bad["counted"].items())),
         "0 and 0", bad["lost_of_whole_shards"] == bad["doubled"] == 0,
     ))  # fmt: skip

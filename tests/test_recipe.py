@@ -119,6 +119,15 @@ def test_updates_of_single_rungs() -> None:
         ({"guidance__train__learning_rate": "fast"}, ["guidance.train.learning_rate='fast'", "valid number"]),
         ({"name": "Small Recipe"}, ["name='Small Recipe'", "match pattern"]),
         ({"name": None}, ["name: this key is required and missing"]),
+        (
+            {"data": {"filters": [{"field": "width"}]}},
+            ["data.filters.0", "the filter on width says nothing: give min, max, one_of or matches"],
+        ),
+        (
+            {"data": {"captions": [{"template": "{txt"}]}},
+            ["data.captions.0.template='{txt'", "a field is a name in braces"],
+        ),
+        ({"data": {"filters": [{"feild": "width", "min": 1}]}}, ["data.filters.0.feild: unknown key"]),
         ({"prepare__resolution": 8}, ["prepare.resolution=8", "greater than or equal to 16"]),
     ],
     ids=lambda value: "" if isinstance(value, list) else next(iter(value)),
@@ -130,6 +139,13 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], messages: list[str
     assert text.startswith("my.yaml")
     for message in messages:
         assert message in text
+
+
+def test_filters_of_a_recipe_with_classes_are_refused() -> None:
+    made = content(stages=["prepare"], prepare=None, prepare_classes={"source": "digits"})
+    made["data"] = {"filters": [{"field": "width", "min": 1}]}
+    with pytest.raises(RecipeError, match="this one has prepare_classes: leave them out"):
+        parse_recipe(made)
 
 
 def test_a_scale_on_the_edge_of_the_range_is_inside() -> None:

@@ -109,6 +109,8 @@ def test_what_changes_no_result_changes_no_fingerprint(teacher: Path, changes: d
         ({"seed": 1}, "prepare"),
         ({"prepare__num_train": 100}, "prepare"),
         ({"data__evaluate": "s3://b/evaluate"}, "prepare"),
+        ({"data__filters": [{"field": "width", "min": 9}]}, "encode"),
+        ({"data__captions": [{"template": "{caption}"}]}, "encode"),
         ({"guidance__w_max": 5.0}, "guidance"),
         ({"guidance__num_validation": 9}, "guidance"),
         ({"evaluate__guidance_scale": 3.0}, "progressive"),

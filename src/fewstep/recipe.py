@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
+from fewstep.data.samples import SampleRules
 from fewstep.data.stream import StreamSettings
 from fewstep.errors import RecipeError
 from fewstep.evaluate.classes.settings import ClassEvaluateSettings
@@ -165,6 +166,12 @@ class Recipe(StageSettings):
                     f"{key}.global_batch_size={train.global_batch_size} is no multiple of "
                     f"stream.num_streams={streams}: take {nearest}, or other streams"
                 )
+        classes = [key for key in ("prepare_classes", "train_class_teacher", "evaluate_classes") if getattr(self, key)]
+        if self.sample_rules and classes:
+            raise ValueError(
+                "data.filters and data.captions are for recipes whose teacher is told a caption, and this one has "
+                f"{classes[0]}: leave them out, and filter the shards when they are made"
+            )
         if "evaluate" not in self.stages:
             return
         if self.evaluate_classes is not None:
@@ -221,6 +228,11 @@ class Recipe(StageSettings):
                     f"evaluate_classes.weights has {outside}, outside the trained range {low:g} … {high:g}: change "
                     "them, or guidance.w_min and w_max"
                 )
+
+    @property
+    def sample_rules(self) -> SampleRules:
+        """Which samples are used, and what their captions are."""
+        return SampleRules(self.data.filters, self.data.captions, self.seed)
 
     def digest(self) -> str:
         """Return a digest of the recipe, stores and cluster left out: where it runs does not change what it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from fewstep.data.masks import MaskSettings
+from fewstep.data.samples import CaptionSource, FieldFilter
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill.settings import GuidanceSettings, ProgressiveSettings
 from fewstep.distill.weights import LossWeight
@@ -39,6 +40,12 @@ class DataSettings(StageSettings):
     train: str | None = Field(None, description="URI of webdataset shards to train on (img2dataset layout)")
     evaluate: str | None = Field(None, description="URI of held-out shards, for evaluation alone")
     alignment: str | None = Field(None, description="URI of further shards, to fit the scorer of text alignment with")
+    filters: tuple[FieldFilter, ...] = Field(
+        (), description="conditions on the .json of each sample, in every split; what fails one is left out and counted"
+    )
+    captions: tuple[CaptionSource, ...] = Field(
+        (), description="where captions come from, one drawn for each sample by the seed; none: the member .txt"
+    )
 
 
 class EncodeSettings(StageSettings):

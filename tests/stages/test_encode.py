@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fewstep.data.latents import decode_latents
 from fewstep.data.pictures import decode_picture
+from fewstep.data.samples import CaptionSource, FieldFilter, SampleRules
 from fewstep.data.shards import read_index, write_shards
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import DataError
@@ -119,3 +121,26 @@ def test_shards_that_changed_are_encoded_again(parts: TextToImageParts, storage:
     assert after["digest"] != before["digest"]
     captions = [sample["caption"] for sample in _latents(target, storage)]
     assert captions == [f"picture {number}" for number in (0, 1, 2, 3, 8, 9)]
+
+
+def test_filters_and_captions_are_part_of_the_latents_and_counted_over_a_restart(
+    parts: TextToImageParts, storage: Storage, bucket_uri: str
+) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    samples = [
+        _sample(number) | {"json": json.dumps({"width": 100 + number, "blip": f"new {number}"}).encode()}
+        for number in range(10)
+    ]
+    write_shards(samples, source, samples_per_shard=5, storage=storage)
+    rules = SampleRules(
+        [FieldFilter(field="width", min=103), FieldFilter(field="width", max=107)], [CaptionSource(template="a {blip}")]
+    )
+    facts = _encode(source, target, parts, storage, rules=rules)
+    assert facts["filtered"] == {"width below 103": 3, "width above 107": 2}
+    assert (facts["num_samples"], facts["skipped"]) == (5, {})
+    assert [sample["caption"] for sample in _latents(target, storage)] == [f"a new {number}" for number in range(3, 8)]
+    storage.delete(join(target, "records", "00001.json"))  # as if it had been killed before the second shard
+    assert _encode(source, target, parts, storage, rules=rules) == facts
+    nothing = SampleRules([FieldFilter(field="width", min=1000)])
+    with pytest.raises(DataError, match="filters leave nothing of 10 samples"):
+        _encode(source, join(bucket_uri, "none"), parts, storage, rules=nothing)

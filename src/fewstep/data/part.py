@@ -113,7 +113,7 @@ class PartReader:
             if stream.position[0] > first_epoch + 1:
                 worst = max(counts.shards, key=lambda shard: counts.shards[shard], default="its shards")
                 raise DataError(
-                    f"Stream {stream.number} found no usable sample in a whole epoch; skipped: {counts.skipped}. "
+                    f"Stream {stream.number} found no usable sample in a whole epoch; skipped: {counts.by_reason()}. "
                     f"Look at {worst}."
                 )
             if place is None:

@@ -32,19 +32,29 @@ class BadSampleError(DataError):
         self.reason = reason
 
 
+class FilteredError(DataError):
+    """A sample that a filter leaves out: nothing is wrong with it. `reason` is a short constant text, as of the bad."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass
 class SampleCounts:
     """How many samples were looked at, and how many were skipped, by reason and by shard.
 
     Too many is a DataError. Samples that cannot be used are judged from 100 seen on, by the share of those seen, with
     room for chance (three standard deviations). Samples lost with a cut shard come in heaps, so they are judged by the
-    share of the whole data set, `dataset_samples`, when that is known.
+    share of the whole data set, `dataset_samples`, when that is known. What filters leave out is counted apart, and not
+    judged, unless nothing remains.
     """
 
     max_bad_share: float = 0.05
     dataset_samples: int | None = None
     seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
     _lost: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
     _logged: set[tuple[str, str]] = field(default_factory=set, repr=False)
@@ -56,6 +66,14 @@ class SampleCounts:
     @property
     def num_lost(self) -> int:
         return sum(self.skipped.get(reason, 0) for reason in (CUT_SHORT, MISSING))
+
+    def by_reason(self) -> dict[str, int]:
+        """What was skipped and, with "filtered, " before the reason, what was filtered."""
+        return {**self.skipped, **{f"filtered, {reason}": count for reason, count in self.filtered.items()}}
+
+    def filter(self, reason: str) -> None:
+        """Counts one sample that a filter leaves out."""
+        self.filtered[reason] = self.filtered.get(reason, 0) + 1
 
     def skip(self, shard: str, reason: str, detail: str) -> None:
         """Counts one sample that cannot be used; says so in the log once for each shard and reason."""
@@ -80,13 +98,24 @@ class SampleCounts:
 
     def finish(self) -> None:
         """Judges a whole pass, without room for chance."""
+        if self.seen and sum(self.filtered.values()) + self.num_skipped >= self.seen and self.filtered:
+            raise DataError(
+                f"The filters leave nothing of {self.seen} samples: "
+                + ", ".join(f"{count} × {reason}" for reason, count in sorted(self.by_reason().items()))
+                + ". Look at data.filters, and at a sample's .json for the names of its fields"
+            )
         if self.num_skipped > self.max_bad_share * self.seen:
             self._refuse()
 
     def copy(self) -> SampleCounts:
         """A copy that no longer changes with this one."""
         return replace(
-            self, skipped=dict(self.skipped), shards=dict(self.shards), _lost=dict(self._lost), _logged=self._logged
+            self,
+            skipped=dict(self.skipped),
+            filtered=dict(self.filtered),
+            shards=dict(self.shards),
+            _lost=dict(self._lost),
+            _logged=self._logged,
         )
 
     def _count(self, shard: str, reason: str, detail: str, *, samples: int) -> None:
@@ -108,10 +137,13 @@ class SampleCounts:
 
 
 def decode_sample(sample: Sample, decode: Decode, *, shard: Shard, counts: SampleCounts) -> dict[str, Any] | None:
-    """The decoded sample, or None when `decode` refused it with a DataError; either is counted."""
+    """The decoded sample, or None when `decode` refused it with a DataError or a filter left it out; it is counted."""
     counts.seen += 1
     try:
         return decode(sample)
+    except FilteredError as error:
+        counts.filter(error.reason)
+        return None
     except DataError as error:
         reason = error.reason if isinstance(error, BadSampleError) else str(error).split(":")[0][:80]
         counts.skip(shard.uri, reason, f"the first is {sample['__key__']}: {error}")

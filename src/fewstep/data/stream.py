@@ -212,7 +212,7 @@ def _whole_batch(parts: Sequence[PartBatch]) -> Batch:
     streams: dict[str, list[int]] = {}
     for part in parts:
         streams |= {str(stream): list(position) for stream, position in part.after.positions.items()}
-        for reason, count in part.after.counts.skipped.items():
+        for reason, count in part.after.counts.by_reason().items():
             skipped[reason] = skipped.get(reason, 0) + count
     return Batch(
         data=join_batches([part.data for part in parts]),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.data.latents import decode_latents
 from fewstep.data.pictures import decode_class_picture, decode_picture
+from fewstep.data.samples import SampleRules, with_rules
 from fewstep.data.shards import read_index
 from fewstep.data.source import Decode
 from fewstep.data.stream import ShardStream, StreamSettings
@@ -51,11 +52,11 @@ def format_of(parts: Parts) -> SampleFormat:
     return SampleFormat("class_pictures", picture_options(parts))
 
 
-def picture_decoder(parts: Parts) -> Decode:
+def picture_decoder(parts: Parts, rules: SampleRules) -> Decode:
     """Return the function from a picture sample to pixels with caption, or with class for class-conditional models."""
     if parts.num_classes is not None:
         return partial(decode_class_picture, **picture_options(parts))
-    return partial(decode_picture, resolution=parts.resolution)
+    return with_rules(partial(decode_picture, resolution=parts.resolution), rules)
 
 
 def picture_options(parts: Parts) -> dict[str, Any]:
@@ -91,9 +92,10 @@ def sample_batches(
     )
 
 
-def picture_batches(shards: str, *, resolution: int, **more: Any) -> ShardStream:
+def picture_batches(shards: str, *, resolution: int, rules: SampleRules, **more: Any) -> ShardStream:
     """Return batches of pixels (uint8) and captions from picture shards."""
-    return sample_batches(shards, decode=partial(decode_picture, resolution=resolution), **more)
+    decode = with_rules(partial(decode_picture, resolution=resolution), rules)
+    return sample_batches(shards, decode=decode, **more)
 
 
 def latent_batches(

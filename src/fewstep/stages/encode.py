@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, random_mask
+from fewstep.data.samples import NO_RULES, SampleRules
 from fewstep.data.shards import Shard, read_index, write_index, write_shard
 from fewstep.data.source import Decode, SampleCounts, iterate_shard
 from fewstep.models import Parts, load_model
@@ -55,12 +56,17 @@ def encode(context: StageContext) -> dict[str, Any]:
             storage=context.storage,
             batch_size=recipe.encode.batch_size,
             max_bad_share=recipe.stream.max_bad_share,
+            rules=recipe.sample_rules,
             masks=recipe.encode.masks if is_inpainting else None,
             seed=recipe.seed,
             label=f"encode {split}",
         )
         context.run.log_metrics(
-            {f"{split}_samples": facts[split]["num_samples"], f"{split}_skipped": sum(facts[split]["skipped"].values())}
+            {
+                f"{split}_samples": facts[split]["num_samples"],
+                f"{split}_skipped": sum(facts[split]["skipped"].values()),
+                f"{split}_filtered": sum(facts[split]["filtered"].values()),
+            }
         )
     return facts
 
@@ -75,6 +81,7 @@ def _pictures(shards: str, storage: Storage) -> dict[str, Any]:
         "num_samples": index.num_samples,
         "num_shards": len(index.shards),
         "skipped": {},
+        "filtered": {},
     }
 
 
@@ -86,6 +93,7 @@ def encode_shards(
     storage: Storage,
     batch_size: int,
     max_bad_share: float,
+    rules: SampleRules = NO_RULES,
     condition_names: Sequence[str] | None = None,
     masks: MaskSettings | None = None,
     seed: int = 0,
@@ -101,6 +109,7 @@ def encode_shards(
         parts: the VAE, and what makes the condition.
         batch_size: pictures encoded at once.
         max_bad_share: share of broken samples above which it is an error.
+        rules: which samples are used, and what their captions are.
         condition_names: parts of the condition (text, mask …) that are stored beside the latents; None: all.
         masks: for inpainting: how the mask of each picture is drawn; None: none is.
         seed: of the masks.
@@ -111,7 +120,7 @@ def encode_shards(
     """
     index = read_index(source, storage=storage)
     counts = SampleCounts(max_bad_share, index.num_samples)
-    decode = picture_decoder(parts)
+    decode = picture_decoder(parts, rules)
     written: list[Shard] = []
     record_uris = [join(target, "records", f"{number:05d}.json") for number in range(len(index.shards))]
     records = [_read_record(uri, shard, storage) for uri, shard in zip(record_uris, index.shards, strict=True)]
@@ -127,8 +136,12 @@ def encode_shards(
                 storage.write_json(record_uris[number], {**record, "source": _source(shard)})
             else:
                 counts.seen += record["seen"]
-                for reason, count in record["skipped"].items():
-                    counts.skipped[reason] = counts.skipped.get(reason, 0) + count
+                for noted, counted in (
+                    (record["skipped"], counts.skipped),
+                    (record.get("filtered", {}), counts.filtered),
+                ):
+                    for reason, count in noted.items():
+                        counted[reason] = counted.get(reason, 0) + count
             if record["shard"] is not None:
                 written.append(Shard(uri, **record["shard"]))
         counts.finish()
@@ -140,6 +153,7 @@ def encode_shards(
         "num_samples": latents.num_samples,
         "num_shards": len(written),
         "skipped": dict(counts.skipped),
+        "filtered": dict(counts.filtered),
     }
 
 
@@ -173,7 +187,10 @@ def _encode_shard(
         samples = _masked(samples, masks, parts.resolution, seed)
     encoded = list(_encoded(samples, parts, batch_size, condition_names, progress))
     skipped = {reason: count - before.skipped.get(reason, 0) for reason, count in counts.skipped.items()}
-    record: dict[str, Any] = {"shard": None, "seen": counts.seen - before.seen, "skipped": skipped}
+    filtered = {reason: count - before.filtered.get(reason, 0) for reason, count in counts.filtered.items()}
+    record: dict[str, Any] = {
+        "shard": None, "seen": counts.seen - before.seen, "skipped": skipped, "filtered": filtered
+    }  # fmt: skip
     progress.advance(record["seen"] - len(encoded))
     # A shard without one sample that can be used is counted like the samples; how many may be is judged over all.
     if encoded:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.emoji.dataset import Split
 from fewstep.data.pictures import decode_picture
+from fewstep.data.samples import with_rules
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import ModelError
@@ -198,7 +199,7 @@ _MAX_PICTURES = 10_000
 def _read(context: StageContext, split: Split, resolution: int) -> tuple[Tensor, list[str], list[str]]:
     """Return pictures, captions and keys of a split."""
     shards = read_index(context.shards(split), storage=context.storage).shards
-    decode = partial(decode_picture, resolution=resolution)
+    decode = with_rules(partial(decode_picture, resolution=resolution), context.recipe.sample_rules)
     counts = SampleCounts(context.recipe.stream.max_bad_share)
     read = iterate_samples(shards, storage=context.storage, decode=decode, counts=counts)
     samples = list(islice(read, _MAX_PICTURES))

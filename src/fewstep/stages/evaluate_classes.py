@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.emoji.dataset import Split
+from fewstep.data.samples import NO_RULES
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion import CosineSchedule, RowRandom, ddim, stochastic
@@ -121,7 +122,7 @@ def _classifier(context: StageContext, teacher: ClassModel) -> PictureClassifier
 def _pictures(context: StageContext, split: Split, teacher: ClassModel, count: int) -> tuple[Tensor, Tensor]:
     index = read_index(context.shards(split), storage=context.storage)
     counts = SampleCounts(context.recipe.stream.max_bad_share)
-    decode = picture_decoder(teacher)
+    decode = picture_decoder(teacher, NO_RULES)
     read = islice(iterate_samples(index.shards, storage=context.storage, decode=decode, counts=counts), count)
     if index.num_samples is not None:
         count = min(count, index.num_samples)

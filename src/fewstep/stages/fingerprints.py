@@ -34,6 +34,7 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
     elif stage == "teacher":
         settings = recipe.train_teacher or recipe.train_class_teacher
         inputs |= {"settings": _dump(settings), "data": split_fingerprint(recipe, "train"), "stream": stream}
+        inputs |= _rules(recipe)
         if recipe.train_teacher is not None and recipe.train_teacher.init is not None:
             inputs["init"] = _model(recipe.train_teacher.init)
             inputs["masks"] = _dump(recipe.encode.masks)  # of an inpainting teacher
@@ -41,7 +42,7 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
             inputs["vae"] = _model(settings.vae)
     elif stage == "encode":
         data = [split_fingerprint(recipe, "train"), split_fingerprint(recipe, "evaluate")]
-        inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)}
+        inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)} | _rules(recipe)
     elif stage == "convert":
         inputs |= {"settings": _dump(recipe.convert), "encode": fingerprint(recipe, "encode"), "stream": stream}
     elif stage == "guidance":
@@ -78,6 +79,7 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
             "seed": recipe.seed,
             "format": _FORMAT,
         }
+        | _rules(recipe)
         # That of a teacher with classes reads pictures with a class, grey ones perhaps.
         | ({} if recipe.train_class_teacher is None else {"channels": recipe.train_class_teacher.network.channels})
     )
@@ -96,7 +98,7 @@ def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: s
     if not masks:
         del settings["masks"]
     inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
-    return digest(inputs | ({"seed": recipe.seed} if masks else {}))
+    return digest(inputs | _rules(recipe) | ({"seed": recipe.seed} if masks else {}))
 
 
 def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: str) -> str:
@@ -212,6 +214,10 @@ def split_fingerprint(recipe: Recipe, split: Split) -> str:
         return digest({"uri": named})
     others = {f"num_{other}" for other in SPLITS if other != split}
     return digest({"settings": _without(_source(recipe, split), others), "format": _FORMAT})
+
+
+def _rules(recipe: Recipe) -> dict[str, Any]:
+    return {"rules": recipe.sample_rules.to_json()} if recipe.sample_rules else {}
 
 
 def _source(recipe: Recipe, *splits: Split) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.pictures import decode_picture
+from fewstep.data.samples import with_rules
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.distill import (
@@ -68,7 +69,9 @@ def teacher(context: StageContext) -> dict[str, Any]:
         _store_fresh(context, settings, begin, shards)
         latents = join(uri, "latents")
     else:
-        pictures = partial(picture_batches, shards, resolution=settings.autoencoder.resolution)
+        pictures = partial(
+            picture_batches, shards, resolution=settings.autoencoder.resolution, rules=recipe.sample_rules
+        )
         vae = train_autoencoder(context, settings, batches=pictures)
         facts["autoencoder"] = vae.to_json()
         _store_fresh(context, settings, begin, shards, vae_uri=vae.export_uri)
@@ -82,6 +85,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
         storage=context.storage,
         batch_size=recipe.encode.batch_size,
         max_bad_share=recipe.stream.max_bad_share,
+        rules=recipe.sample_rules,
         condition_names=stored,
         masks=recipe.encode.masks if stored else None,
         seed=recipe.seed,
@@ -145,7 +149,7 @@ def _store_fresh(
     index = read_index(shards, storage=context.storage)
     captions: list[str] = []
     pixels: list[Tensor] = []
-    decode = partial(decode_picture, resolution=resolution)
+    decode = with_rules(partial(decode_picture, resolution=resolution), context.recipe.sample_rules)
     counts = SampleCounts(context.recipe.stream.max_bad_share)
     for sample in iterate_samples(index.shards, storage=context.storage, decode=decode, counts=counts):
         captions.append(sample["caption"])

@@ -115,6 +115,32 @@ _RECIPE_OPTION = click.option(
 )
 
 
+@main.command()
+@click.argument("shards")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: runs/inspect]")
+@click.option("--max-samples", type=click.IntRange(1), default=10_000, show_default=True, help="Samples looked at.")
+@click.option("--show", type=click.IntRange(1), default=48, show_default=True, help="Pictures on the contact sheet.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Recipe whose store s3:// means, and whose filters and captions are applied.  [default: the embedded store]",
+)
+@plain_errors
+def inspect(shards: str, out: Path | None, max_samples: int, show: int, seed: int, recipe: Path | None) -> None:
+    """Look at SHARDS, a folder of webdataset tars: counts, sizes, captions, metadata, bad samples, a contact sheet.
+
+    Example: fewstep inspect s3://distill/laion/train --recipe my-recipe.yaml
+    """
+    from fewstep.inspection import inspect_data
+
+    folder = out or Path("runs/inspect")
+    for line in inspect_data(
+        shards, folder, recipe=_recipe(recipe), max_samples=max_samples, num_shown=show, seed=seed
+    ):
+        click.echo(line)
+
+
 _INTERVAL_OPTION = click.option(
     "--guidance-interval",
     type=float,

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from fewstep.data.source import BadSampleError, Sample
 from fewstep.errors import DataError
 
-_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+#: Members that hold a picture.
+EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _HEAD_BYTES = 1 << 16  # where a JPEG has its metadata
 _MODES = {1: "L", 3: "RGB"}
 
@@ -71,9 +72,9 @@ def _label(sample: Sample, num_classes: int) -> int:
 
 
 def _pixels(sample: Sample, resolution: int, *, channels: int) -> torch.Tensor:
-    data = next((sample[extension] for extension in _EXTENSIONS if extension in sample), None)
+    data = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
     if data is None:
-        raise BadSampleError("no picture", f"none of the members .{', .'.join(_EXTENSIONS)} is there")
+        raise BadSampleError("no picture", f"none of the members .{', .'.join(EXTENSIONS)} is there")
     pixels = _plain_jpeg(data, resolution)
     if pixels is not None and channels == 3 and min(pixels.shape[:2]) == resolution:
         top, left = ((side - resolution) // 2 for side in pixels.shape[:2])

@@ -126,6 +126,8 @@ class SampleRules:
             FilteredError: a filter leaves it out.
             BadSampleError: its .json is missing or broken, or it has no field that a caption could be made of.
         """
+        if not self:
+            return sample
         record = _record(sample)
         for rule in self.filters:
             failure = rule.failure(record)

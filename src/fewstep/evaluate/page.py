@@ -16,7 +16,7 @@ from fewstep.evaluate.excess import STAGE_ONE_GOAL
 from fewstep.evaluate.grid import grid_order, row_label
 from fewstep.evaluate.schema import Excess, Inpainting, Report, Result
 
-_STYLE = """
+PAGE_STYLE = """
 :root{--ink:#1c2330;--soft:#667085;--line:#e4e7ec;--paper:#fff;--wash:#f6f8fa;--good:#12805c;--bad:#b42318}
 *{box-sizing:border-box}body{margin:0;background:var(--wash);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 main{max-width:1180px;margin:0 auto;padding:40px 24px 80px}h1{font-size:30px;margin:0 0 4px;letter-spacing:-.02em}
@@ -77,7 +77,7 @@ def render_page(report: Report, sheet: Image.Image, *, title: str) -> str:
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{PAGE_STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 

@@ -10,7 +10,7 @@ from PIL import Image
 from fewstep.evaluate.classes.chart import frechet_chart, precision_recall_chart
 from fewstep.evaluate.classes.schema import METHOD_NAMES, ClassReport
 from fewstep.evaluate.classes.tables import METRICS, Table, all_tables
-from fewstep.evaluate.page import _STYLE, _pictures, _section, _table
+from fewstep.evaluate.page import PAGE_STYLE, _pictures, _section, _table
 
 _MORE_STYLE = "svg{max-width:none}td:nth-child(2),th:nth-child(2){text-align:left}h3{font-size:15px;margin:18px 0 6px}"
 
@@ -51,7 +51,7 @@ def render_class_page(report: ClassReport, sheets: Mapping[float, Image.Image], 
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}{_MORE_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{PAGE_STYLE}{_MORE_STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 

@@ -8,9 +8,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from fewstep.bench.data.checks import shuffle_quality
 from fewstep.bench.data.pictures import picture_samples
 from fewstep.bench.data.run import DataBenchSettings, bench_data, table
 from fewstep.cli import main
+from fewstep.data.stream import StreamSettings
 
 
 def test_pictures_are_as_img2dataset_leaves_them() -> None:
@@ -42,8 +44,20 @@ def test_every_figure_is_there(capfd: pytest.CaptureFixture[str]) -> None:
     for part, goal in (("pictures", "of bare"), ("pictures", "of webdataset"), ("latents", "of boto3")):
         assert 0 < result[part][goal]["median"] < 100
     lines = table(result).splitlines()
-    assert len(lines) == 4 + 7
-    assert all(line.endswith(("| met |", "| not met |")) for line in lines[4:])
+    assert len(lines) == 4 + 8
+    assert all(line.endswith(("| met |", "| not met |", "| none set |  |")) for line in lines[4:])
+
+
+def test_an_epoch_is_mixed_nearly_as_by_a_full_permutation() -> None:
+    mixed = shuffle_quality(StreamSettings(), num_shards=64, samples_per_shard=200)
+    ours, full = mixed["ours"], mixed["permutation"]
+    assert full["moved"] == pytest.approx(1 / 3, abs=0.01)
+    assert ours["moved"] == pytest.approx(1 / 3, abs=0.05)
+    assert ours["shards_in_a_batch"] > 0.5 * full["shards_in_a_batch"]
+    one_by_one = StreamSettings(num_streams=1, piece_bytes=2**30, shuffle_bytes=1)
+    poor = shuffle_quality(one_by_one, num_shards=64, samples_per_shard=200)["ours"]
+    assert poor["shards_in_a_batch"] < 0.2 * ours["shards_in_a_batch"]
+    assert poor["neighbours_in_a_batch"] > 2 * ours["neighbours_in_a_batch"]
 
 
 def test_what_cannot_work_is_said() -> None:

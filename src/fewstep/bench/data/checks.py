@@ -12,12 +12,15 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from fewstep.bench.data.readers import DataSet, fewstep
+from fewstep.data.canonical import ShardOrder
+from fewstep.data.order import shuffle_block
 from fewstep.data.shards import Shard, ShardIndex, read_index
-from fewstep.data.stream import Batch, ShardStream
+from fewstep.data.stream import Batch, ShardStream, StreamSettings
 
 _SAMPLE_EVERY_S = 2.0
 
@@ -123,6 +126,66 @@ def _fingerprint(batch: Batch) -> str:
         digest.update(name.encode())
         digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else json.dumps(value).encode())
     return digest.hexdigest()
+
+
+def shuffle_quality(
+    stream: StreamSettings,
+    *,
+    num_shards: int = 256,
+    samples_per_shard: int = 1000,
+    sample_bytes: int = 92_000,
+    batch_size: int = 512,
+) -> dict[str, Any]:
+    """Return how well an epoch is mixed, by the order alone, beside a full permutation of the same samples.
+
+    moved: mean distance between a sample's place in the shards and in the epoch, as a share of all samples; a full
+    permutation's is 1/3. shards_in_a_batch: from how many shards a batch's samples come. neighbours_in_a_batch: share
+    of pairs that lie side by side in a shard and come into the same batch.
+
+    Args:
+        stream: settings of the stream.
+        num_shards, samples_per_shard, sample_bytes: of the data set; its samples are of one size.
+        batch_size: samples of a batch.
+    """  # fmt: skip
+    size = samples_per_shard * sample_bytes
+    order = ShardOrder(
+        [Shard(str(number), samples_per_shard, size) for number in range(num_shards)],
+        num_streams=stream.num_streams, seed=0, piece_bytes=stream.piece_bytes, shuffle_bytes=stream.shuffle_bytes,
+    )  # fmt: skip
+    streams = []
+    for number in range(stream.num_streams):
+        taken: list[np.ndarray] = []
+        for block_number, block in enumerate(order.blocks(0, number)):
+            ranges = [
+                (piece.shard * samples_per_shard, -(-piece.start // sample_bytes), -(-piece.end // sample_bytes))
+                for piece in block
+            ]
+            samples = np.concatenate([first + np.arange(start, end) for first, start, end in ranges])
+            mixed = shuffle_block(len(samples), seed=0, epoch=0, stream=number, block=block_number)
+            taken.append(samples[mixed])
+        streams.append(np.concatenate(taken))
+    shortest = min(map(len, streams))
+    epoch = np.stack([samples[:shortest] for samples in streams], axis=1).reshape(-1)  # a batch takes from each in turn
+    random_order = np.random.default_rng(0).permutation(num_shards * samples_per_shard)
+    return {
+        "num_shards": num_shards, "samples": num_shards * samples_per_shard, "batch_size": batch_size,
+        "ours": _mixing(epoch, samples_per_shard, batch_size),
+        "permutation": _mixing(random_order, samples_per_shard, batch_size),
+    }  # fmt: skip
+
+
+def _mixing(order: np.ndarray, samples_per_shard: int, batch_size: int) -> dict[str, float]:
+    batches = [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
+    batch_of = np.full(int(order.max()) + 2, -1)
+    batch_of[order] = np.arange(len(order)) // batch_size
+    first = np.arange(int(order.max()) + 1)
+    first = first[(first + 1) % samples_per_shard != 0]
+    together = (batch_of[first] == batch_of[first + 1]) & (batch_of[first] >= 0)
+    return {
+        "moved": float(np.abs(order - np.arange(len(order))).mean() / len(order)),
+        "shards_in_a_batch": float(np.mean([len(np.unique(batch // samples_per_shard)) for batch in batches])),
+        "neighbours_in_a_batch": float(together.mean()),
+    }
 
 
 def only(shards: ShardIndex, count: int) -> ShardIndex:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from fewstep.bench.data.checks import first_batch, memory, only, resume
+from fewstep.bench.data.checks import first_batch, memory, only, resume, shuffle_quality
 from fewstep.bench.data.faults import faults
 from fewstep.bench.data.measure import away_from_that_core, on_one_core, rates
 from fewstep.bench.data.pictures import latent_samples, picture_samples
@@ -76,6 +76,7 @@ def bench_data(settings: DataBenchSettings, *, command: str = "", say: Say = lam
         of_pictures = DataSet(pictures, storage, settings.resolution, settings.batch_size, stream)
         of_latents = DataSet(latents, storage, 0, settings.batch_size, stream)
 
+        result["shuffle"] = shuffle_quality(StreamSettings())
         say(f"makes {settings.many_shards} shards …")
         _many(storage, settings, "many")
         say(f"{settings.stops} stops …")
@@ -145,7 +146,7 @@ def _ratio(found: Mapping[str, list[float]], other: str) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """Return the figures as a Markdown table with the goals."""
     pictures, latents, first, resumed = (result[name] for name in ("pictures", "latents", "first", "resume"))
-    rows = [
+    rows: list[tuple[str, str, str, bool | None]] = [
         _share("pictures, against the bare decoding loop", pictures, "of bare", "bare"),
         _share("pictures, against plain webdataset", pictures, "of webdataset", "plain_webdataset"),
         _share("latents, against boto3 alone", latents, "of boto3", "boto3_alone"),
@@ -171,6 +172,14 @@ def table(result: Mapping[str, Any]) -> str:
         + ", ".join(f"{count} {reason}" for reason, count in sorted(bad["counted"].items())),
         "0 and 0", bad["lost_of_whole_shards"] == bad["doubled"] == 0,
     ))  # fmt: skip
+    mixed, ours, full = result["shuffle"], result["shuffle"]["ours"], result["shuffle"]["permutation"]
+    rows.append((
+        f"shuffle of {mixed['samples']:,} samples in {mixed['num_shards']} shards, beside a full permutation",
+        f"moved by {ours['moved']:.3f} of all (full: {full['moved']:.3f}); a batch of {mixed['batch_size']} comes from "
+        f"{ours['shards_in_a_batch']:.0f} shards (full: {full['shards_in_a_batch']:.0f}); neighbours meet in "
+        f"{ours['neighbours_in_a_batch']:.1%} of batches (full: {full['neighbours_in_a_batch']:.1%})",
+        "none set", None,
+    ))  # fmt: skip
     if "memory" in result:
         watched = result["memory"]
         sizes = [size / 2**20 for size in watched["rss_bytes_by_minute"]]
@@ -188,11 +197,12 @@ def table(result: Mapping[str, Any]) -> str:
         f"{environment['fewstep_version']}."
     )
     lines = [head, "", "| what | measured | goal | |", "|---|---|---|---|"]
-    lines += [f"| {what} | {value} | {goal} | {'met' if met else 'not met'} |" for what, value, goal, met in rows]
+    said = {True: "met", False: "not met", None: ""}
+    lines += [f"| {what} | {value} | {goal} | {said[met]} |" for what, value, goal, met in rows]
     return "\n".join(lines) + "\n"
 
 
-def _share(what: str, part: Mapping[str, Any], goal: str, other: str) -> tuple[str, str, str, bool]:
+def _share(what: str, part: Mapping[str, Any], goal: str, other: str) -> tuple[str, str, str, bool | None]:
     ratio = part[goal]
     ours, theirs = (median(part["rates"][name]) for name in ("fewstep", other))
     spread = f"{min(ratio['by_round']):.2f} … {max(ratio['by_round']):.2f}"

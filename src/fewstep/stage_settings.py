@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from fewstep.data.masks import MaskSettings
+from fewstep.data.pictures import Crop
 from fewstep.data.samples import CaptionSource, FieldFilter
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill.settings import GuidanceSettings, ProgressiveSettings
@@ -52,6 +53,16 @@ class EncodeSettings(StageSettings):
     """How pictures and captions become latents and text embeddings."""
 
     batch_size: int = Field(64, ge=1, description="pictures encoded at once")
+    crop: Crop = Field(
+        "center",
+        description="what is kept of a picture's longer side: the middle, or a part drawn by the seed and its key "
+        "(random)",
+    )
+    picture_sizes: bool = Field(
+        False,
+        description="for Stable Diffusion XL: tell the networks each picture's own size and crop in training, instead "
+        "of those of an uncropped picture of the model's size, which they are told when they draw",
+    )
     masks: MaskSettings = Field(
         default_factory=MaskSettings, description="for inpainting teachers: how the mask of each picture is drawn"
     )

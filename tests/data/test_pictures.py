@@ -265,3 +265,51 @@ def test_other_numbers_of_channels_are_refused() -> None:
     with pytest.raises(DataError, match="channels=4: pictures with a class are read with 1") as caught:
         decode_class_picture(_class_sample(), resolution=8, channels=4, num_classes=10)
     assert not isinstance(caught.value, BadSampleError), "it would be counted and skipped, sample by sample"
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "expected"),
+    [
+        ((96, 64), "png", (64, 96, 0, 16, 64, 64)),
+        ((64, 100), "jpg", (100, 64, 18, 0, 64, 64)),
+        ((64, 64), "jpg", (64, 64, 0, 0, 64, 64)),
+        ((1200, 900), "jpg", (900, 1200, 0, 10, 64, 64)),  # reduced to 85 x 64
+        ((32, 48), "png", (48, 32, 16, 0, 64, 64)),  # enlarged to 64 x 96
+    ],
+)
+def test_sizes_are_those_that_sdxl_is_told(size: tuple[int, int], kind: str, expected: tuple[int, ...]) -> None:
+    sample = _sample(_photograph(size), kind=kind)
+    decoded = decode_picture(sample, resolution=64, sizes=True)
+    assert tuple(decoded["time_ids"].tolist()) == expected
+    assert decoded["time_ids"].dtype == torch.int64
+    assert "time_ids" not in decode_picture(sample, resolution=64)
+
+
+def test_exif_turns_the_size_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_picture(_sample(_photograph((96, 64)), kind="jpg", exif=exif), resolution=64, sizes=True)
+    assert tuple(decoded["time_ids"].tolist()) == (96, 64, 16, 0, 64, 64)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_random_crops_belong_to_their_sample(kind: str) -> None:
+    picture = _photograph((256, 64))
+    corners, cuts = [], []
+    for number in range(40):
+        sample = {**_sample(picture, kind=kind), "__key__": f"{number}"}
+        decoded = decode_picture(sample, resolution=64, crop="random", seed=1, sizes=True)
+        again = decode_picture(sample, resolution=64, crop="random", seed=1)
+        assert torch.equal(decoded["pixels"], again["pixels"])
+        corners.append(int(decoded["time_ids"][3]))
+        cuts.append(decoded["pixels"])
+    assert min(corners) < 30
+    assert max(corners) > 162
+    assert max(corners) <= 192
+    file = io.BytesIO(_sample(picture, kind=kind)[kind])
+    whole = np.asarray(Image.open(file)).astype(int)
+    for corner, pixels in zip(corners, cuts, strict=True):
+        wanted = whole[:, corner : corner + 64]
+        assert np.abs(pixels.permute(1, 2, 0).numpy() - wanted).mean() < (0.01 if kind == "jpg" else 12)
+    other = decode_picture({**_sample(picture), "__key__": "0"}, resolution=64, crop="random", seed=2, sizes=True)
+    assert int(other["time_ids"][3]) != corners[0]

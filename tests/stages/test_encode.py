@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from fewstep.data.pictures import decode_picture
 from fewstep.data.samples import CaptionSource, FieldFilter, SampleRules
 from fewstep.data.shards import read_index, write_shards
 from fewstep.data.source import SampleCounts, iterate_samples
-from fewstep.errors import DataError
+from fewstep.errors import DataError, RecipeError
 from fewstep.models import TextToImageParts
-from fewstep.stages.encode import encode_shards
+from fewstep.stages.encode import check_takes_sizes, encode_shards
 from fewstep.storage import Storage, join
-from tiny import tiny_teacher
+from tiny import tiny_sdxl, tiny_teacher
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,30 @@ def test_filters_and_captions_are_part_of_the_latents_and_counted_over_a_restart
     nothing = SampleRules([FieldFilter(field="width", min=1000)])
     with pytest.raises(DataError, match="filters leave nothing of 10 samples"):
         _encode(source, join(bucket_uri, "none"), parts, storage, rules=nothing)
+
+
+def test_the_networks_of_sdxl_can_be_told_each_pictures_own_size(storage: Storage, bucket_uri: str) -> None:
+    sdxl = tiny_sdxl()
+    samples = []
+    for number, size in enumerate([(16, 16), (40, 32), (16, 48)]):
+        file = io.BytesIO()
+        Image.new("RGB", size, (90, 20 * number, 30)).save(file, format="PNG")
+        samples.append({"__key__": f"{number:04d}", "png": file.getvalue(), "txt": b"a picture"})
+    source = join(bucket_uri, "pictures")
+    write_shards(samples, source, samples_per_shard=3, storage=storage)
+    decode = partial(decode_latents, condition_names=("text", "pooled", "time_ids"))
+
+    def stored(target: str, **options: Any) -> list[list[int]]:
+        _encode(source, join(bucket_uri, target), sdxl, storage, **options)
+        index = read_index(join(bucket_uri, target), storage=storage)
+        read = iterate_samples(index.shards, storage=storage, decode=decode)
+        return [sample["time_ids"].tolist() for sample in read]
+
+    assert stored("own", picture_sizes=True) == [
+        [16, 16, 0, 0, 16, 16], [32, 40, 0, 2, 16, 16], [48, 16, 16, 0, 16, 16]
+    ]  # fmt: skip
+    assert stored("uncropped") == [[16, 16, 0, 0, 16, 16]] * 3
+    assert stored("random", picture_sizes=True, crop="random", seed=3)[2][2] != 16
+    check_takes_sizes(sdxl, "sdxl")
+    with pytest.raises(RecipeError, match=r"encode\.picture_sizes=true is for models of .* and s3://t takes no sizes"):
+        check_takes_sizes(tiny_teacher(), "s3://t")

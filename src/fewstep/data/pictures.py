@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -15,17 +17,29 @@ from PIL import Image, ImageOps
 from fewstep.data.source import BadSampleError, Sample
 from fewstep.errors import DataError
 
+Crop = Literal["center", "random"]
 #: Members that hold a picture.
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _HEAD_BYTES = 1 << 16  # where a JPEG has its metadata
 _MODES = {1: "L", 3: "RGB"}
 
 
-def decode_picture(sample: Sample, *, resolution: int) -> dict[str, Any]:
+def decode_picture(
+    sample: Sample, *, resolution: int, crop: Crop = "center", seed: int = 0, sizes: bool = False
+) -> dict[str, Any]:
     """Return key, caption and pixels (uint8, (3, resolution, resolution)) of a sample in img2dataset's layout.
 
     The picture is turned as its EXIF says, put on white where it is transparent, reduced so that its shorter side is
-    `resolution`, and cropped to the middle.
+    `resolution`, and cropped along the longer one.
+
+    Args:
+        sample: the sample.
+        resolution: side in pixels.
+        crop: what is kept of the longer side: the middle, or a part drawn by the seed and the sample's key.
+        seed: of that.
+        sizes: also return time_ids, (6,) int64: height and width of the picture as it came, top and left of the crop
+            in the reduced picture, height and width of the crop. They are what Stable Diffusion XL is told
+            (`StableDiffusionXLPipeline`, original_size + crops_coords_top_left + target_size).
 
     Raises:
         BadSampleError: there is no picture or it is broken, or the caption is missing or empty.
@@ -33,7 +47,13 @@ def decode_picture(sample: Sample, *, resolution: int) -> dict[str, Any]:
     caption = sample.get("txt", b"").decode("utf-8", errors="replace").strip()
     if not caption:
         raise BadSampleError("no caption", "the member .txt is missing or empty")
-    return {"key": sample["__key__"], "caption": caption, "pixels": _pixels(sample, resolution, channels=3)}
+    place = 0.5 if crop == "center" else _drawn_place(sample["__key__"], seed)
+    cut = _cut(sample, resolution, channels=3, place=place)
+    decoded = {"key": sample["__key__"], "caption": caption, "pixels": cut.pixels}
+    if sizes:
+        numbers = [*cut.original_size, *cut.corner, resolution, resolution]
+        decoded["time_ids"] = torch.tensor(numbers, dtype=torch.int64)
+    return decoded
 
 
 def decode_class_picture(sample: Sample, *, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
@@ -55,7 +75,7 @@ def decode_class_picture(sample: Sample, *, resolution: int, channels: int, num_
     if channels not in _MODES:
         raise DataError(f"channels={channels}: pictures with a class are read with 1 (grey) or 3 (RGB)")
     label = torch.tensor(_label(sample, num_classes), dtype=torch.int64)
-    return {"key": sample["__key__"], "label": label, "pixels": _pixels(sample, resolution, channels=channels)}
+    return {"key": sample["__key__"], "label": label, "pixels": _cut(sample, resolution, channels=channels).pixels}
 
 
 def _label(sample: Sample, num_classes: int) -> int:
@@ -71,28 +91,53 @@ def _label(sample: Sample, num_classes: int) -> int:
     return label
 
 
-def _pixels(sample: Sample, resolution: int, *, channels: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Cut:
+    """A picture cut to a square: pixels (C, side, side), its size as it came, and top and left of the cut."""
+
+    pixels: torch.Tensor
+    original_size: tuple[int, int]  # height and width
+    corner: tuple[int, int]
+
+
+def _drawn_place(key: str, seed: int) -> float:
+    digest = hashlib.blake2b(f"{seed}/{key}/crop".encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _cut(sample: Sample, resolution: int, *, channels: int, place: float = 0.5) -> _Cut:
     data = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
     if data is None:
         raise BadSampleError("no picture", f"none of the members .{', .'.join(EXTENSIONS)} is there")
-    pixels = _plain_jpeg(data, resolution)
-    if pixels is not None and channels == 3 and min(pixels.shape[:2]) == resolution:
-        top, left = ((side - resolution) // 2 for side in pixels.shape[:2])
-        return _channels_first(pixels[top : top + resolution, left : left + resolution])
-    picture = _picture(data) if pixels is None else Image.fromarray(pixels)
+    plain = _plain_jpeg(data, resolution)
+    if plain is None:
+        picture = _picture(data)
+        original = (picture.height, picture.width)
+    else:
+        pixels, original = plain
+        picture = Image.fromarray(pixels)
+    scale = resolution / min(original)
+    height, width = (max(resolution, round(side * scale)) for side in original)
+    corner = (int((height - resolution) * place), int((width - resolution) * place))
+    if plain is not None and channels == 3 and min(pixels.shape[:2]) == resolution:
+        top, left = corner
+        cut = pixels[top : top + resolution, left : left + resolution]
+        return _Cut(_channels_first(cut), original, corner)
     picture = picture.convert(_MODES[channels])
     if picture.size != (resolution, resolution):
-        picture = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
+        side = (resolution, resolution)
+        picture = ImageOps.fit(picture, side, Image.Resampling.LANCZOS, centering=(place, place))
     cropped = np.array(picture)
-    return torch.from_numpy(cropped)[None] if channels == 1 else _channels_first(cropped)
+    return _Cut(torch.from_numpy(cropped)[None] if channels == 1 else _channels_first(cropped), original, corner)
 
 
 def _channels_first(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _plain_jpeg(data: bytes | bytearray, resolution: int) -> NDArray[np.uint8] | None:
-    """Return the pixels (H, W, 3) of a JPEG that needs no turning and no conversion; None for everything else.
+def _plain_jpeg(data: bytes | bytearray, resolution: int) -> tuple[NDArray[np.uint8], tuple[int, int]] | None:
+    """Return the pixels (H, W, 3) of a JPEG that needs no turning and no conversion, and its height and width as it
+    came; None for everything else.
 
     They are bit for bit those that Pillow gives, in about half its time; but from a picture of at least four times the
     resolution, at half, a quarter or an eighth of its size, which the decoder has for less than the whole.
@@ -108,7 +153,7 @@ def _plain_jpeg(data: bytes | bytearray, resolution: int) -> NDArray[np.uint8] |
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_factor=2 if side else 1, **side)
     except ValueError:  # what is wrong with it, if anything is, Pillow shall say
         return None
-    return pixels
+    return pixels, (height, width)
 
 
 def _picture(data: bytes | bytearray) -> Image.Image:

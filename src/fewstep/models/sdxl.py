@@ -94,10 +94,13 @@ class SDXLParts(LatentParts):
         )
 
     def conditions(self, samples: Sequence[Mapping[str, Any]]) -> Condition:
-        """Return the samples' captions as text (B, L, D) and pooled (B, P), and time_ids (B, 6) of uncropped pictures
-        of the model's own size."""
+        """Return the samples' captions as text (B, L, D) and pooled (B, P), and time_ids (B, 6): their own, or without
+        them those of uncropped pictures of the model's own size."""
         text, pooled = self.encode_prompts([sample["caption"] for sample in samples])
-        return {"text": text, "pooled": pooled, "time_ids": self.time_ids(len(samples))}
+        time_ids = self.time_ids(len(samples))
+        if "time_ids" in samples[0]:
+            time_ids = torch.stack([torch.as_tensor(sample["time_ids"]) for sample in samples]).to(time_ids)
+        return {"text": text, "pooled": pooled, "time_ids": time_ids}
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         """Return an unmodified StableDiffusionXLPipeline over these parts."""

@@ -52,11 +52,17 @@ def format_of(parts: Parts) -> SampleFormat:
     return SampleFormat("class_pictures", picture_options(parts))
 
 
-def picture_decoder(parts: Parts, rules: SampleRules) -> Decode:
-    """Return the function from a picture sample to pixels with caption, or with class for class-conditional models."""
+def picture_decoder(parts: Parts, rules: SampleRules, **options: Any) -> Decode:
+    """Return the function from a picture sample to pixels with caption, or with class for class-conditional models.
+
+    Args:
+        parts: the model.
+        rules: which samples are used, and their captions; for pictures with a caption.
+        options: of `decode_picture`, such as crop.
+    """
     if parts.num_classes is not None:
         return partial(decode_class_picture, **picture_options(parts))
-    return with_rules(partial(decode_picture, resolution=parts.resolution), rules)
+    return with_rules(partial(decode_picture, resolution=parts.resolution, **options), rules)
 
 
 def picture_options(parts: Parts) -> dict[str, Any]:

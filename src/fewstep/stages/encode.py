@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, random_mask
+from fewstep.data.pictures import Crop
 from fewstep.data.samples import NO_RULES, SampleRules
 from fewstep.data.shards import Shard, read_index, write_index, write_shard
 from fewstep.data.source import Decode, SampleCounts, iterate_shard
+from fewstep.errors import RecipeError
 from fewstep.models import Parts, load_model
 from fewstep.stages.batches import format_of, picture_decoder
 from fewstep.stages.context import StageContext, pin_teacher
@@ -32,6 +34,8 @@ def encode(context: StageContext) -> dict[str, Any]:
     folder = context.fetch(teacher)
     parts = load_model(folder).to(driver_device(recipe.cluster))
     is_inpainting = "mask" in parts.denoiser().condition_names
+    if recipe.encode.picture_sizes:
+        check_takes_sizes(parts, teacher)
     facts: dict[str, Any] = {
         "teacher": teacher,
         "teacher_digest": folder_digest(folder),
@@ -57,6 +61,8 @@ def encode(context: StageContext) -> dict[str, Any]:
             batch_size=recipe.encode.batch_size,
             max_bad_share=recipe.stream.max_bad_share,
             rules=recipe.sample_rules,
+            crop=recipe.encode.crop,
+            picture_sizes=recipe.encode.picture_sizes,
             masks=recipe.encode.masks if is_inpainting else None,
             seed=recipe.seed,
             label=f"encode {split}",
@@ -69,6 +75,15 @@ def encode(context: StageContext) -> dict[str, Any]:
             }
         )
     return facts
+
+
+def check_takes_sizes(parts: Parts, name: str) -> None:
+    """Raise a RecipeError unless the model is told a picture's sizes."""
+    if "time_ids" not in parts.denoiser().condition_names:
+        raise RecipeError(
+            f"encode.picture_sizes=true is for models of Stable Diffusion XL's shape, and {name} takes no sizes: leave "
+            "it out"
+        )
 
 
 def _pictures(shards: str, storage: Storage) -> dict[str, Any]:
@@ -94,6 +109,8 @@ def encode_shards(
     batch_size: int,
     max_bad_share: float,
     rules: SampleRules = NO_RULES,
+    crop: Crop = "center",
+    picture_sizes: bool = False,
     condition_names: Sequence[str] | None = None,
     masks: MaskSettings | None = None,
     seed: int = 0,
@@ -110,9 +127,11 @@ def encode_shards(
         batch_size: pictures encoded at once.
         max_bad_share: share of broken samples above which it is an error.
         rules: which samples are used, and what their captions are.
+        crop: what is kept of a picture's longer side.
+        picture_sizes: tell a model that takes time_ids each picture's own size and crop.
         condition_names: parts of the condition (text, mask …) that are stored beside the latents; None: all.
         masks: for inpainting: how the mask of each picture is drawn; None: none is.
-        seed: of the masks.
+        seed: of the masks and of random crops.
         label: for the progress.
 
     Raises:
@@ -120,7 +139,7 @@ def encode_shards(
     """
     index = read_index(source, storage=storage)
     counts = SampleCounts(max_bad_share, index.num_samples)
-    decode = picture_decoder(parts, rules)
+    decode = picture_decoder(parts, rules, crop=crop, seed=seed, sizes=picture_sizes)
     written: list[Shard] = []
     record_uris = [join(target, "records", f"{number:05d}.json") for number in range(len(index.shards))]
     records = [_read_record(uri, shard, storage) for uri, shard in zip(record_uris, index.shards, strict=True)]

@@ -98,7 +98,8 @@ def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: s
     if not masks:
         del settings["masks"]
     inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
-    return digest(inputs | _rules(recipe) | ({"seed": recipe.seed} if masks else {}))
+    drawn = masks or recipe.encode.crop == "random"
+    return digest(inputs | _rules(recipe) | ({"seed": recipe.seed} if drawn else {}))
 
 
 def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: str) -> str:

@@ -21,6 +21,7 @@ from fewstep.plain_errors import plain_errors
 @click.option("--seconds", type=float, help="Of one reader in one turn.  [default: 8]")
 @click.option("--many-shards", type=int, help="Shards whose first batch is waited for.  [default: 10000]")
 @click.option("--stops", type=int, help="Random steps at which reading is resumed.  [default: 50]")
+@click.option("--streaming-python", help="Python of an environment with mosaicml-streaming, to measure that too.")
 @click.option("--memory-minutes", type=float, help="Of reading while memory is watched.  [default: 0, not measured]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 @plain_errors

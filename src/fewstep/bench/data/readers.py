@@ -5,9 +5,13 @@ Each is a function of the data set that yields batches; a batch counts as many s
 
 from __future__ import annotations
 
+import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -23,7 +27,10 @@ from fewstep.data.pieces import PieceReader
 from fewstep.data.shards import ShardIndex
 from fewstep.data.source import Decode, as_sample
 from fewstep.data.stream import ShardStream, StreamSettings
+from fewstep.errors import DataError
 from fewstep.storage import Storage
+
+_MDS = "mds"
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class DataSet:
         resolution: side of the pictures in pixels; 0: they hold latents.
         batch_size: samples of a batch.
         stream: settings of our stream.
+        streaming_python: interpreter of an environment with mosaicml-streaming; None: that is left out.
     """
 
     shards: ShardIndex
@@ -43,6 +51,7 @@ class DataSet:
     resolution: int
     batch_size: int
     stream: StreamSettings
+    streaming_python: str | None = None
 
     def decoder(self) -> Decode:
         """Return the function from a sample to tensors that training uses."""
@@ -96,6 +105,55 @@ def plain_webdataset(data: DataSet) -> Iterator[int]:
     samples = samples.shuffle(1000).decode("pil").to_tuple("jpg", "txt").map_tuple(pixels, lambda text: text)
     for batch in samples.batched(data.batch_size):
         yield len(batch[0])
+
+
+def mosaicml_streaming(data: DataSet) -> Iterator[int]:
+    """Read with mosaicml-streaming, from MDS shards of the same pictures, in a process of its own environment."""
+    bucket, _ = _first_place(data)
+    with tempfile.TemporaryDirectory(prefix="fewstep-mds-") as local:
+        options = [bucket, _MDS, local, str(data.resolution), str(data.batch_size)]
+        with _mosaic(data, "read", options, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    yield int(line)
+                raise DataError("mosaicml-streaming ended; its own words stand above")
+            finally:
+                process.kill()
+
+
+def convert_for_streaming(data: DataSet) -> None:
+    """Write the pictures as MDS shards beside the tars.
+
+    Raises:
+        DataError: the environment has no mosaicml-streaming, or it failed.
+    """
+    bucket, folder = _first_place(data)
+    with _mosaic(data, "convert", [data.storage.endpoint_url or "", bucket, folder, _MDS]) as process:
+        if process.wait() != 0:
+            raise DataError(
+                f"{data.streaming_python} could not convert the pictures for mosaicml-streaming; its own words stand "
+                "above. It needs an environment with mosaicml-streaming, boto3, Pillow and torch"
+            )
+
+
+def _mosaic(data: DataSet, mode: str, options: list[str], **pipes: Any) -> subprocess.Popen[str]:
+    values = data.storage.environment()
+    environment = {**os.environ, **values, "S3_ENDPOINT_URL": values.get("AWS_ENDPOINT_URL_S3", "")}
+    environment.pop("PYTHONPATH", None)
+    command = [str(data.streaming_python), "-I", str(Path(__file__).with_name("mosaic.py")), mode, *options]
+    try:
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
+    except OSError as error:
+        raise DataError(
+            f"--streaming-python {data.streaming_python}: {error.strerror}. Name the Python of an environment with "
+            "mosaicml-streaming, boto3, Pillow and torch"
+        ) from error
+
+
+def _first_place(data: DataSet) -> tuple[str, str]:
+    bucket, key = data.shards.shards[0].uri.removeprefix("s3://").split("/", 1)
+    return bucket, key.rsplit("/", 1)[0]
 
 
 def boto3_alone(data: DataSet) -> Iterator[int]:

@@ -18,7 +18,15 @@ from fewstep.bench.data.checks import first_batch, memory, only, resume, shuffle
 from fewstep.bench.data.faults import faults
 from fewstep.bench.data.measure import away_from_that_core, on_one_core, rates
 from fewstep.bench.data.pictures import latent_samples, picture_samples
-from fewstep.bench.data.readers import DataSet, bare, boto3_alone, fewstep, plain_webdataset
+from fewstep.bench.data.readers import (
+    DataSet,
+    bare,
+    boto3_alone,
+    convert_for_streaming,
+    fewstep,
+    mosaicml_streaming,
+    plain_webdataset,
+)
 from fewstep.bench.result import Environment
 from fewstep.data.shards import ShardIndex, write_shard, write_shards
 from fewstep.data.stream import StreamSettings
@@ -28,7 +36,7 @@ Say = Callable[[str], None]
 
 _NUM_STREAMS = 8
 #: What the readers must reach. Each is a share that must be at least so much.
-GOALS = {"of bare": 0.9, "of webdataset": 1.3, "of boto3": 0.9}
+GOALS = {"of bare": 0.9, "of webdataset": 1.3, "of streaming": 1.0, "of boto3": 0.9}
 FIRST_BATCH_GOAL_S = 2.0
 GROWTH_GOAL = 0.02
 
@@ -46,6 +54,9 @@ class DataBenchSettings(BaseModel):
     seconds: float = Field(8.0, gt=0, description="of one reader in one turn")
     many_shards: int = Field(10_000, ge=8, description="shards of the folder whose first batch is waited for")
     stops: int = Field(50, ge=1, description="random steps at which reading is stopped and resumed")
+    streaming_python: str | None = Field(
+        None, description="interpreter of an environment with mosaicml-streaming; null: that is left out"
+    )
     memory_minutes: float = Field(0.0, ge=0, description="of reading while memory is watched; 0: not measured")
 
 
@@ -73,7 +84,12 @@ def bench_data(settings: DataBenchSettings, *, command: str = "", say: Say = lam
         )
         latents = _write(latent_samples(settings.latents), "latents", settings.latents, storage)
         stream = StreamSettings(num_streams=_NUM_STREAMS)
-        of_pictures = DataSet(pictures, storage, settings.resolution, settings.batch_size, stream)
+        of_pictures = DataSet(
+            pictures, storage, settings.resolution, settings.batch_size, stream, settings.streaming_python
+        )
+        if settings.streaming_python is not None:
+            say("converts the pictures for mosaicml-streaming …")
+            convert_for_streaming(of_pictures)
         of_latents = DataSet(latents, storage, 0, settings.batch_size, stream)
 
         result["shuffle"] = shuffle_quality(StreamSettings())
@@ -124,12 +140,15 @@ def _many(storage: Storage, settings: DataBenchSettings, name: str) -> None:
 
 def _on_one_core(pictures: DataSet, latents: DataSet, many: str, settings: DataBenchSettings) -> dict[str, Any]:
     rounds, seconds = settings.rounds, settings.seconds
-    found = rates(pictures, [bare, fewstep, plain_webdataset], rounds=rounds, seconds=seconds)
+    readers = [bare, fewstep, plain_webdataset, *([mosaicml_streaming] if settings.streaming_python else [])]
+    found = rates(pictures, readers, rounds=rounds, seconds=seconds)
     result: dict[str, Any] = {
         "pictures": {
             "rates": found, "of bare": _ratio(found, "bare"), "of webdataset": _ratio(found, "plain_webdataset")
         }
     }  # fmt: skip
+    if settings.streaming_python:
+        result["pictures"]["of streaming"] = _ratio(found, "mosaicml_streaming")
     found = rates(latents, [boto3_alone, fewstep], rounds=rounds, seconds=seconds)
     result["latents"] = {"rates": found, "of boto3": _ratio(found, "boto3_alone")}
     result["first"] = first_batch(pictures, many, rounds=rounds)
@@ -188,6 +207,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{watched['growth']:+.1%} ({min(sizes):.0f} … {max(sizes):.0f} MiB, {watched['samples']:,} samples)",
             f"< {GROWTH_GOAL:.0%}", watched["growth"] < GROWTH_GOAL,
         ))  # fmt: skip
+    if "of streaming" in pictures:
+        rows.insert(2, _share("pictures, against mosaicml-streaming", pictures, "of streaming", "mosaicml_streaming"))
     environment, settings = result["environment"], result["settings"]
     head = (
         f"{environment['device_name']}, reader on one core, S3 server on the other {result['cores'] - 1}; "

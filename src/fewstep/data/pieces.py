@@ -78,7 +78,7 @@ class PieceReader:
                 part = self._storage.read_range(shard.uri, base + len(data), wanted, etag=shard.etag or None)
             except ObjectNotFoundError as error:
                 return LoadedPiece([], 0, _share(shard, start, end), MISSING, str(error))
-            data += part.data
+            data = data + part.data if data else part.data
             size_bytes = part.size_bytes
             if size_bytes > shard.size_bytes:
                 raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,3 +30,18 @@ def decode(sample: dict[str, Any]) -> dict[str, Any]:
     except (UnidentifiedImageError, OSError) as error:
         raise BadSampleError("broken image", str(error)) from error
     return {"pixels": torch.from_numpy(picture.copy()).permute(2, 0, 1), "text": sample["txt"].decode()}
+
+
+class LockedError(Exception):
+    """An error that does not travel between processes."""
+
+    def __init__(self) -> None:
+        super().__init__("held by a lock")
+        self.lock = threading.Lock()
+
+
+def decode_or_die(sample: dict[str, Any]) -> dict[str, Any]:
+    """Decode, except one sample, on which an error is raised that cannot be pickled."""
+    if sample["__key__"] == "000000005":
+        raise LockedError
+    return decode(sample)

@@ -172,6 +172,8 @@ class Recipe(StageSettings):
                 "data.filters and data.captions are for recipes whose teacher is told a caption, and this one has "
                 f"{classes[0]}: leave them out, and filter the shards when they are made"
             )
+        if classes and self.encode.crop == "random":
+            raise ValueError(f"encode.crop=random has no effect on pictures with a class ({classes[0]}): leave it out")
         if "evaluate" not in self.stages:
             return
         if self.evaluate_classes is not None:

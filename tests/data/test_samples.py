@@ -37,6 +37,7 @@ def caption(made: dict[str, Any]) -> dict[str, Any]:
         ({"field": "punsafe", "max": 0.1}, {"punsafe": float("nan")}, "punsafe above 0.1"),
         ({"field": "score", "min": 5, "max": 7}, {"score": "6.5"}, None),
         ({"field": "score", "min": 5}, {"score": "high"}, "score is no number"),
+        ({"field": "score", "min": 5}, {"score": 10**400}, "score is no number"),
         ({"field": "score", "min": 5}, {}, "no score"),
         ({"field": "score", "min": 5}, {"score": None}, "no score"),
         ({"field": "score", "min": 5, "missing": "keep"}, {}, None),
@@ -134,3 +135,8 @@ def test_filters_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
     decode = with_rules(caption, SampleRules([FieldFilter(field="WIDTH", min=1)]))
     with pytest.raises(DataError, match=r"leave nothing of 8 samples: 8 × filtered, no WIDTH\. Look at data\.filters"):
         list(iterate_samples(index.shards, storage=LOCAL, decode=decode))
+
+
+def test_half_of_a_surrogate_pair_in_a_caption_is_replaced() -> None:
+    made = {"__key__": "a", "txt": b"", "json": b'{"cap": "an apple \\ud83d"}'}
+    assert SampleRules(captions=[CaptionSource(template="{cap}")]).apply(made)["txt"] == b"an apple ?"

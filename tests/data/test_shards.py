@@ -215,3 +215,18 @@ def test_a_shard_that_is_not_the_one_of_the_index_is_an_error(tmp_path: Path) ->
     write_shards(make_samples(2), str(tmp_path), samples_per_shard=2, storage=LOCAL)
     with pytest.raises(DataError, match="holds 2 samples but its index says 1"):
         list(iterate_samples([replace(shard, num_samples=1)], storage=LOCAL, decode=decode_text))
+
+
+def test_an_empty_shard_and_one_that_is_shorter_but_whole_are_counted(tmp_path: Path) -> None:
+    index = write_shards(make_samples(40), str(tmp_path), samples_per_shard=20, storage=LOCAL)
+    write_shards(make_samples(5), str(tmp_path / "other"), samples_per_shard=5, storage=LOCAL)
+    (tmp_path / "00000.tar").write_bytes(b"")
+    (tmp_path / "other" / "00000.tar").replace(tmp_path / "00001.tar")
+    counts = SampleCounts(max_bad_share=1.0)
+    read = list(iterate_samples(index.shards, storage=LOCAL, decode=decode_text, counts=counts))
+    assert len(read) == 5
+    assert counts.skipped == {"shard cut short": 35}
+    empty = replace(index.shards[0], size_bytes=0, num_samples=None)
+    counts = SampleCounts(max_bad_share=1.0)
+    assert list(iterate_samples([empty], storage=LOCAL, decode=decode_text, counts=counts)) == []
+    assert counts.skipped == {"shard cut short": 1}

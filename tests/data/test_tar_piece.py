@@ -143,3 +143,40 @@ def test_two_members_of_one_name_are_an_error() -> None:
         _add(tar, "a.JPG", b"2")
     with pytest.raises(DataError, match=r"a\.JPG: the sample has two members jpg"):
         parse_piece(file.getvalue(), base=0, start=0, end=len(file.getvalue()), size_bytes=len(file.getvalue()))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_a_hole_of_zeros_is_damage_and_no_end(pieces: int) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(60):
+            for name in ("jpg", "json", "txt"):
+                _add(tar, f"{number:05d}.{name}", bytes([number + 1]) * 1500)
+    whole = file.getvalue()
+    for seed in range(10):
+        data = bytearray(whole)
+        begin = random.Random(seed).randrange(20_000, 200_000) // 512 * 512
+        data[begin : begin + 10_240] = bytes(10_240)
+        samples, damage = in_pieces(bytes(data), random_bounds(whole, pieces, seed=seed))
+        keys = [sample["__key__"] for sample in samples]
+        assert keys == sorted(set(keys))
+        assert 55 <= len(keys) < 60
+        assert damage
+
+
+@pytest.mark.parametrize("record", [b"0 path=a\n", b"\xff \xff\n", b"99999 path=a\n", b"-3 path=a\n"])
+def test_a_damaged_pax_header_is_damage_and_no_endless_loop(record: bytes) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        _add(tar, "a.txt", b"1")
+        _add(tar, "b.txt", b"1")
+        _add(tar, f"{'ä' * 30}.txt", b"2")
+        _add(tar, "c.txt", b"3")
+    data = bytearray(file.getvalue())
+    at = data.index(b" path=") // 512 * 512
+    data[at : at + 512] = record.ljust(512, b"\0")
+    content = piece_of(bytes(data), 0, len(data))
+    assert content.damage is not None
+    keys = [sample.key for sample in content.samples]
+    assert {"a", "b", "c"} <= set(keys)
+    assert len(keys) <= 4  # the file behind it, perhaps, by the name in its own header

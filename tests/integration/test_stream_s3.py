@@ -19,7 +19,7 @@ from fewstep.data.shards import Shard, ShardIndex, read_index, write_shards
 from fewstep.data.stream import Batch, ShardStream, StreamSettings
 from fewstep.errors import CheckpointError, DataError
 from fewstep.storage import Storage, join
-from stream_samples import decode, make_samples
+from stream_samples import decode, decode_or_die, make_samples
 
 
 def make_stream(shards: ShardIndex, storage: Storage, **changes: Any) -> ShardStream:
@@ -146,6 +146,28 @@ def test_an_error_in_a_loading_process_comes_out_as_it_is(storage: Storage, buck
         pytest.raises(DataError, match=r"^Stream \d found no usable sample"),
     ):
         take(stream, 1)
+
+
+@pytest.mark.slow
+def test_an_error_that_does_not_travel_is_told_all_the_same(storage: Storage, bucket_uri: str) -> None:
+    index = write_shards(make_samples(16), bucket_uri, samples_per_shard=2, storage=storage)
+    with (
+        make_stream(index, storage, decode=decode_or_die, loader_processes=2) as stream,
+        pytest.raises(DataError, match="(?s)a loading process failed:.*LockedError: held by a lock"),
+    ):
+        take(stream, 20)
+
+
+def test_too_many_missing_shards_stop_each_of_many_workers(storage: Storage, bucket_uri: str) -> None:
+    """A worker sees the losses of its own streams alone, and judges them by its own share of the data."""
+    index = write_shards(make_samples(120), bucket_uri, samples_per_shard=5, storage=storage)
+    for shard in index.shards[::3]:
+        storage.delete(shard.uri)
+    with (
+        make_stream(index, storage, max_bad_share=0.3, rank=1, world_size=4) as stream,
+        pytest.raises(DataError, match="shard missing"),
+    ):
+        take(stream, 60)
 
 
 def test_a_missing_shard_loses_its_own_samples_alone(storage: Storage, bucket_uri: str) -> None:

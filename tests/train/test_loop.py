@@ -15,6 +15,7 @@ from fewstep.errors import CheckpointError, DataError, FewstepError
 from fewstep.train.checkpoint import TrainState, merge_streams, save_state
 from fewstep.train.in_process import train_in_process
 from fewstep.train.job import TrainResult
+from fewstep.train.loop import _figure_name
 
 
 class Killed(BaseException):
@@ -177,3 +178,15 @@ def test_streams_of_workers_are_joined_and_must_not_clash() -> None:
     }
     with pytest.raises(CheckpointError, match="different positions for '0'"):
         merge_streams([{"streams": {"0": [0, 5]}}, {"streams": {"0": [0, 6]}}])
+
+
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("no caption", "skipped/no caption"),
+        ("filtered, width below 512", "filtered/width below 512"),
+        ("filtered, url does not match ^https?://a,b", "filtered/url does not match _https_://a_b"),
+    ],
+)
+def test_counts_have_names_that_mlflow_takes(reason: str, name: str) -> None:
+    assert _figure_name(reason) == name

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import logging
 import os
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from fewstep.data.shards import Shard
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".piece"
-_COUNT_AGAIN_AFTER = 256  # writes; other processes write too
+_COUNTS = 64  # times that the files are counted while the cache fills: other processes write too
+_FOOTER = struct.Struct("<QI")  # length and CRC-32 of the piece before it
+_STALE_S = 3600.0
 
 
 class DiskCache:
@@ -28,14 +32,14 @@ class DiskCache:
 
     Args:
         folder: made if it is missing.
-        size_bytes: limit of all files together. Processes that write at the same moment may exceed it by a piece each.
+        size_bytes: limit of all files together. Each process that writes may exceed it by a 64th.
     """
 
     def __init__(self, folder: Path, *, size_bytes: int) -> None:
         self._folder, self._limit_bytes = folder, size_bytes
         self._lock = threading.Lock()
         self._on = size_bytes > 0
-        self._held_bytes, self._writes = 0, 0
+        self._held_bytes, self._since_bytes = 0, 0
         self._full = False  # nothing here can make room
         self._began = 0.0
         if self._on:
@@ -45,6 +49,10 @@ class DiskCache:
                 marker.touch()  # by the clock of the disk, which is that of the files
                 self._began = marker.stat().st_mtime
                 marker.unlink()
+                for partial in folder.glob("??/.*"):  # of processes that were killed
+                    with contextlib.suppress(FileNotFoundError):
+                        if partial.stat().st_mtime < self._began - _STALE_S:
+                            partial.unlink()
                 self._count()
 
     def get(self, shard: Shard, start: int, end: int) -> bytes | None:
@@ -53,14 +61,19 @@ class DiskCache:
             return None
         path = self._path(shard, start, end)
         try:
-            data = path.read_bytes()
+            content = path.read_bytes()
+            if len(content) < _FOOTER.size or _FOOTER.unpack_from(content, len(content) - _FOOTER.size) != _footer(
+                content[: -_FOOTER.size]
+            ):
+                path.unlink()  # cut short, as by a power failure
+                return None
             os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._end(error)
             return None
-        return data
+        return content[: -_FOOTER.size]
 
     def put(self, shard: Shard, start: int, end: int, data: bytes | bytearray) -> None:
         """Keep the bytes of a piece, if there is room."""
@@ -71,12 +84,15 @@ class DiskCache:
         with self._may_fail():
             try:
                 path.parent.mkdir(exist_ok=True)
-                partial.write_bytes(data)
+                with partial.open("wb") as file:
+                    file.write(data)
+                    file.write(_FOOTER.pack(*_footer(data)))
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
             with self._lock:
                 self._held_bytes += len(data)
+                self._since_bytes += len(data)
 
     def _path(self, shard: Shard, start: int, end: int) -> Path:
         what = f"{shard.uri}\n{shard.fingerprint}\n{shard.size_bytes}\n{start}\n{end}"
@@ -86,8 +102,7 @@ class DiskCache:
     def _make_room(self, size_bytes: int) -> bool:
         fits = False
         with self._lock, self._may_fail():
-            self._writes += 1
-            if self._writes % _COUNT_AGAIN_AFTER == 0:
+            if self._since_bytes >= self._limit_bytes / _COUNTS:
                 self._count()
             if self._held_bytes + size_bytes > self._limit_bytes and not self._full:
                 self._remove_unused(size_bytes)
@@ -95,7 +110,7 @@ class DiskCache:
         return fits
 
     def _count(self) -> None:
-        self._held_bytes = sum(size for _, size, _ in self._files())
+        self._held_bytes, self._since_bytes = sum(size for _, size, _ in self._files()), 0
 
     def _remove_unused(self, size_bytes: int) -> None:
         old = sorted(entry for entry in self._files() if entry[0] < self._began)
@@ -129,3 +144,7 @@ class DiskCache:
                 "%s: the disk cache of shards is off from here on (%s). Shards are read from the store each time.",
                 self._folder, error.strerror or error,
             )  # fmt: skip
+
+
+def _footer(data: bytes | bytearray) -> tuple[int, int]:
+    return len(data), zlib.crc32(data)

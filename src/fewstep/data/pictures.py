@@ -21,6 +21,7 @@ Crop = Literal["center", "random"]
 #: Members that hold a picture.
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _HEAD_BYTES = 1 << 16  # where a JPEG has its metadata
+_MAY_BE_TURNED = (b"Exif\0\0", b"http://ns.adobe.com/xap/")  # metadata that may have an orientation
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -142,7 +143,7 @@ def _plain_jpeg(data: bytes | bytearray, resolution: int) -> tuple[NDArray[np.ui
     They are bit for bit those that Pillow gives, in about half its time; but from a picture of at least four times the
     resolution, at half, a quarter or an eighth of its size, which the decoder has for less than the whole.
     """
-    if data[:2] != b"\xff\xd8" or data.find(b"Exif\0\0", 0, _HEAD_BYTES) >= 0:
+    if data[:2] != b"\xff\xd8" or any(data.find(mark, 0, _HEAD_BYTES) >= 0 for mark in _MAY_BE_TURNED):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -161,7 +162,7 @@ def _picture(data: bytes | bytearray) -> Image.Image:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
             return _flatten(ImageOps.exif_transpose(opened) or opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow has many for broken files, of EXIF too: struct.error, TypeError, …
         raise BadSampleError("broken picture", str(error)) from error
 
 

@@ -67,11 +67,14 @@ class PieceReader:
             DataError: the shard is not the one that was listed, or its names clash.
             StorageError: the store does not answer.
         """
+        if start >= end:  # a shard of no bytes, as a writer that was killed leaves it
+            return LoadedPiece([], 0, shard.num_samples or 1, CUT_SHORT, "it is empty")
         base = max(0, start - LEAD_BYTES)
         kept = self._disk.get(shard, start, end) if self._disk is not None else None
         if kept is not None:
             content = parse_piece(kept, base=base, start=start, end=end, size_bytes=shard.size_bytes)
-            return self._loaded(shard, start, end, kept, content)
+            if not content.needed and content.damage is None:
+                return self._loaded(shard, start, end, kept, content)
         data, wanted = bytearray(), end if end == shard.size_bytes else min(end + self._tail_bytes, shard.size_bytes)
         while True:
             try:
@@ -113,7 +116,8 @@ class PieceReader:
                     f"{shard.uri} holds {found} samples but its index says {shard.num_samples}. Write the index again."
                 )
         else:
-            lost = _lost(shard, content.lost_bytes) if content.damage is not None else 0
+            lost = _lost(shard, content.lost_bytes) if content.damage is not None or content.lost_bytes else 0
+            detail = detail or "it has fewer bytes than were listed"
         return LoadedPiece(content.samples, len(data), lost, CUT_SHORT if lost else "", detail if lost else "")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import queue
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -69,7 +71,7 @@ class InProcesses:
     """The Batches of several parts, each read in a process of its own, at most `ahead` before they are wanted."""
 
     def __init__(self, reader: PartReader, parts: Sequence[Part], *, ahead: int) -> None:
-        self._num_parts = len(parts)
+        self._streams = [set(part.positions) for part in parts]
         # Not by fork: a Ray worker has threads, whose locks a forked process would find shut for ever.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fewstep.data.part"])
@@ -88,15 +90,17 @@ class InProcesses:
     def __iter__(self) -> Iterator[list[PartBatch]]:
         while self._items is not None:
             # The loader takes one item from each process in turn.
-            yield [self._next() for _ in range(self._num_parts)]
+            yield [self._next(streams) for streams in self._streams]
 
     def close(self) -> None:
         """End the processes."""
         self._items = None
 
-    def _next(self) -> PartBatch:
+    def _next(self, streams: set[int]) -> PartBatch:
         try:
             item = next(self._items)
+        except StopIteration:
+            raise DataError("A loading process ended before its time. Its own words stand above") from None
         except RuntimeError as error:
             raise DataError(
                 f"A loading process ended: {str(error).splitlines()[0]}. Its own words stand above. If it "
@@ -106,6 +110,11 @@ class InProcesses:
         if isinstance(item, BaseException):
             raise item
         assert isinstance(item, PartBatch)
+        if set(item.after.positions) != streams:
+            raise DataError(
+                f"a loading process gave rows of the streams {sorted(item.after.positions)} where those of "
+                f"{sorted(streams)} were due: a batch before it did not arrive. Its process's words stand above"
+            )
         return item
 
 
@@ -123,4 +132,13 @@ class _PartDataset(IterableDataset[Any]):
         except GeneratorExit:
             raise
         except BaseException as error:
-            yield error
+            yield _that_travels(error)
+
+
+def _that_travels(error: BaseException) -> BaseException:
+    """Return the error, or where it cannot be pickled one that tells it: what cannot is dropped without a word."""
+    try:
+        same = type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        same = False
+    return error if same else DataError(f"a loading process failed:\n{''.join(traceback.format_exception(error))}")

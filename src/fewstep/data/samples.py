@@ -55,7 +55,7 @@ class FieldFilter(BaseModel):
         if self.min is not None or self.max is not None:
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 return f"{self.field} is no number"
             if self.min is not None and not number >= self.min:  # NaN fails too
                 return f"{self.field} below {self.min:g}"
@@ -142,7 +142,7 @@ class SampleRules:
         texts = [(text, source.weight) for source in self.captions if (text := source.text(fields)) is not None]
         if not texts:
             raise BadSampleError("no caption", "it lacks the fields of every caption template")
-        return {**sample, _MEMBER: _drawn(texts, f"{self.seed}/{sample['__key__']}").encode()}
+        return {**sample, _MEMBER: _drawn(texts, f"{self.seed}/{sample['__key__']}").encode("utf-8", "replace")}
 
 
 NO_RULES = SampleRules()
@@ -169,7 +169,7 @@ def _record(sample: Sample) -> dict[str, Any]:
         raise BadSampleError("no .json", "filters and captions read it")
     try:
         record = json.loads(sample["json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError("broken .json", str(error)) from error
     if not isinstance(record, dict):
         raise BadSampleError("broken .json", f"it is a {type(record).__name__} and no object")

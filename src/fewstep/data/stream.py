@@ -135,10 +135,12 @@ class ShardStream:
             cache_bytes=settings.cache_bytes // max(1, settings.loader_processes),
             disk_cache=(settings.disk_cache, settings.disk_cache_bytes) if settings.disk_cache is not None else None,
         )  # fmt: skip
+        known = known_samples(shards)
         self._parts = [
             Part(
                 positions=dict.fromkeys(streams, (0, 0, 0)),
-                counts=SampleCounts(settings.max_bad_share, known_samples(shards)),
+                # Each part judges by its own share of the data set.
+                counts=SampleCounts(settings.max_bad_share, known and known * len(streams) // settings.num_streams),
             )
             for streams in _share(own, max(1, settings.loader_processes))
         ]

@@ -26,6 +26,7 @@ LEAD_BYTES = 4 * BLOCK
 
 #: A file may be larger than a piece, and the next header far; but a ruined shard is not searched to its end each time.
 _LONGEST_SEARCH_BYTES = 1 << 26
+_LONGEST_PADDING_BYTES = 1 << 20
 _FILES = b"0\x007"
 _NO_DATA = b"123456"
 _MAGIC = b"ustar"
@@ -174,7 +175,14 @@ class _Parser:
                 return
             header = bytes(block)
             if header == _ZERO_BLOCK:
-                return
+                if self._only_zeros(at):
+                    return
+                begun = at
+                at = self._next_header(at + BLOCK)
+                self._damaged(f"zeros at byte {self._base + begun}", (self._length() if at is None else at) - begun)
+                yield None
+                name = size = None
+                continue
             if not _is_header(header):
                 begun = at
                 at = self._next_header(at + BLOCK)
@@ -202,10 +210,22 @@ class _Parser:
                 if kind == b"L":
                     name = _text(bytes(body))
                 else:
-                    name, size = _pax(bytes(body), name, size)
+                    try:
+                        name, size = _pax(bytes(body), name, size)
+                    except ValueError:
+                        self._damaged(f"a damaged header at byte {self._base + at}", 0)
+                        yield None
+                        name = size = None
             else:
                 name = size = None
             at = begin + (length + BLOCK - 1) // BLOCK * BLOCK
+
+    def _only_zeros(self, at: int) -> bool:
+        """Whether nothing but the end mark and its padding follows; a hole in the tar looks the same at first."""
+        if self._length() - at > _LONGEST_PADDING_BYTES:
+            return False
+        rest = self._take(at, self._length())
+        return rest is not None and not any(bytes(rest))
 
     def _length(self) -> int:
         return self._size_bytes - self._base
@@ -272,6 +292,8 @@ def _pax(records: bytes, name: str | None, size: int | None) -> tuple[str | None
     at = 0
     while at < len(records) and (space := records.find(b" ", at)) > 0:
         length = int(records[at:space])
+        if length <= space - at or at + length > len(records):
+            raise ValueError(f"a record of {length} bytes")
         key, _, value = records[space + 1 : at + length - 1].partition(b"=")
         if key == b"path":
             name = value.decode("utf-8", errors="surrogateescape")

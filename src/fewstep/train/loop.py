@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,7 @@ def train(job: TrainJob, host: Host) -> Trained:
                 finite.check_weights(parameters, done=done)
                 positions = host.gather((batch.state, batch.counts))
                 skipped = add_counts([skipped_before, *(counts for _, counts in positions)])
-                means |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
+                means |= {_figure_name(reason): float(count) for reason, count in skipped.items()}
                 on_rank_0 = host.rank == 0
                 state = TrainState(
                     fingerprint=job.fingerprint,
@@ -157,6 +158,13 @@ def train(job: TrainJob, host: Host) -> Trained:
     if settings.hand_over == "ema" and ema is not None:
         ema.copy_to(network)
     return Trained(network=host.whole(network), meters=meters, figures=means, resumed_from=resumed_from)
+
+
+def _figure_name(reason: str) -> str:
+    """Return what the number of samples skipped or filtered for a reason is called, in letters that MLflow takes."""
+    rest = reason.removeprefix("filtered, ")
+    name = f"skipped/{reason}" if rest == reason else f"filtered/{rest}"
+    return re.sub(r"[^A-Za-z0-9_.:/ -]", "_", name)[:200]
 
 
 def _rows_per_worker(settings: TrainSettings, host: Host) -> int:

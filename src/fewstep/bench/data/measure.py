@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -24,8 +25,8 @@ def on_one_core(function: Callable[..., T], *arguments: Any) -> T:
     On a machine of one core nothing is kept apart.
     """
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1, initializer=_settle) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_settle) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @contextmanager

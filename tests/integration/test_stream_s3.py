@@ -153,7 +153,7 @@ def test_an_error_that_does_not_travel_is_told_all_the_same(storage: Storage, bu
     index = write_shards(make_samples(16), bucket_uri, samples_per_shard=2, storage=storage)
     with (
         make_stream(index, storage, decode=decode_or_die, loader_processes=2) as stream,
-        pytest.raises(DataError, match="(?s)a loading process failed:.*LockedError: held by a lock"),
+        pytest.raises(DataError, match=r"(?s)a loading process failed:.*LockedError: held by a lock"),
     ):
         take(stream, 20)
 

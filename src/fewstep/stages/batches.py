@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.data.latents import decode_latents
 from fewstep.data.pictures import decode_class_picture, decode_picture
-from fewstep.data.samples import SampleRules, with_rules
+from fewstep.data.samples import NO_RULES, SampleRules, with_rules
 from fewstep.data.shards import read_index
 from fewstep.data.source import Decode
 from fewstep.data.stream import ShardStream, StreamSettings
@@ -52,7 +52,7 @@ def format_of(parts: Parts) -> SampleFormat:
     return SampleFormat("class_pictures", picture_options(parts))
 
 
-def picture_decoder(parts: Parts, rules: SampleRules, **options: Any) -> Decode:
+def picture_decoder(parts: Parts, rules: SampleRules = NO_RULES, **options: Any) -> Decode:
     """Return the function from a picture sample to pixels with caption, or with class for class-conditional models.
 
     Args:

@@ -174,19 +174,13 @@ class _Parser:
                 yield None
                 return
             header = bytes(block)
-            if header == _ZERO_BLOCK:
-                if self._only_zeros(at):
-                    return
-                begun = at
+            zeros = header == _ZERO_BLOCK
+            if zeros and self._only_zeros(at):
+                return
+            if zeros or not _is_header(header):
+                begun, what = at, "zeros" if zeros else "no header"
                 at = self._next_header(at + BLOCK)
-                self._damaged(f"zeros at byte {self._base + begun}", (self._length() if at is None else at) - begun)
-                yield None
-                name = size = None
-                continue
-            if not _is_header(header):
-                begun = at
-                at = self._next_header(at + BLOCK)
-                self._damaged(f"no header at byte {self._base + begun}", (self._length() if at is None else at) - begun)
+                self._damaged(f"{what} at byte {self._base + begun}", (self._length() if at is None else at) - begun)
                 yield None
                 name = size = None
                 continue

@@ -37,7 +37,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "stage", "demo", "sample", "edit", "export", "serve", "evaluate", "bench", "plan", "keys"]
+    "command",
+    ["run", "stage", "demo", "sample", "edit", "export", "serve", "evaluate", "inspect", "bench", "plan", "keys"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = call(command, "--help")
@@ -49,7 +50,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_every_option_of_every_command_has_a_help_text() -> None:
     bench = main.commands["bench"]
     assert isinstance(bench, click.Group)
-    assert set(bench.commands) == {"train", "sample", "options", "translation", "mixture", "table"}
+    assert set(bench.commands) == {"train", "sample", "data", "options", "translation", "mixture", "table"}
     for command in [*main.commands.values(), *bench.commands.values()]:
         assert command.help, command.name
         for parameter in command.params:

@@ -168,8 +168,8 @@ def test_any_s3_by_endpoint_and_environment(storage: Storage, bucket_uri: str) -
 class FlakyProxy:
     """Forwards TCP to the server; cuts each of the first connections after so many bytes of the answer."""
 
-    def __init__(self, target: str, cuts: list[int], *, stall: bool = False) -> None:
-        self.target, self.cuts, self.stall = target, cuts, stall
+    def __init__(self, target: str, cuts: list[int], *, stall: bool = False, trickle: bool = False) -> None:
+        self.target, self.cuts, self.stall, self.trickle = target, cuts, stall, trickle
         self.connections = 0
         self.before_cut: threading.Event | None = None
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -193,6 +193,9 @@ class FlakyProxy:
             while data := source.recv(65536):
                 if limit is not None and passed + len(data) > limit:
                     target.sendall(data[: limit - passed])
+                    for byte in data[limit - passed :] if self.trickle else ():
+                        target.sendall(bytes([byte]))
+                        time.sleep(0.05)
                     if self.stall:
                         return  # leaves both connections open and silent
                     break
@@ -205,8 +208,10 @@ class FlakyProxy:
 
 
 @contextlib.contextmanager
-def flaky(storage: Storage, cuts: list[int], *, stall: bool = False, **changes: object) -> Iterator[tuple]:
-    proxy = FlakyProxy(str(storage.endpoint_url), cuts, stall=stall)
+def flaky(
+    storage: Storage, cuts: list[int], *, stall: bool = False, trickle: bool = False, **changes: object
+) -> Iterator[tuple]:
+    proxy = FlakyProxy(str(storage.endpoint_url), cuts, stall=stall, trickle=trickle)
     yield proxy, Storage(outside(storage, endpoint_url=proxy.url, **changes))
     proxy.listener.close()
 
@@ -271,6 +276,20 @@ def test_a_read_goes_on_after_a_silence(storage: Storage, bucket_uri: str) -> No
     with flaky(storage, [1_000_000], stall=True, read_timeout_s=0.5) as (proxy, through):
         assert through.read_bytes(join(bucket_uri, "big")) == data
         assert proxy.connections == 2
+
+
+@pytest.mark.usefixtures("with_keys")
+def test_a_connection_that_trickles_is_cut(storage: Storage, bucket_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A byte every 50 ms is no silence, and so no time-out would ever end it."""
+    uri, data = join(bucket_uri, "big"), os.urandom(3_000_000)
+    storage.write_bytes(uri, data)
+    with flaky(storage, [1_000_000], trickle=True, read_timeout_s=0.5, read_min_bytes_per_s=1e6) as (proxy, through):
+        assert bytes(through.read_range(uri, 0, 3_000_000).data) == data
+        assert proxy.connections == 2
+    with flaky(storage, [1_000_000], trickle=True, read_timeout_s=0.5, read_min_bytes_per_s=1e6) as (proxy, through):
+        assert through.read_bytes(uri) == data
+        assert proxy.connections == 2
+    assert caplog.text.count("less than 1e+06 bytes/s (storage.read_min_bytes_per_s)") == 2
 
 
 @pytest.mark.usefixtures("with_keys")

@@ -10,6 +10,7 @@ from botocore.exceptions import ClientError
 
 from fewstep.errors import StorageError
 from fewstep.storage.faults import Backoff, Place, RetryLimits, error_code, final_error, is_passing
+from fewstep.storage.pace import at_pace
 
 _CHUNK_BYTES = 1 << 20
 
@@ -69,7 +70,11 @@ def read_range(
                     size_bytes = _whole_size(answer, start + len(data), what=what, place=place)
                     etag = answer["ETag"]
                 left = min(end, size_bytes) - start - len(data)
-                chunk = body.read(min(_CHUNK_BYTES, left))
+                wanted = min(_CHUNK_BYTES, left)
+                with at_pace(
+                    body, wanted, read_timeout_s=limits.read_timeout_s, min_bytes_per_s=limits.read_min_bytes_per_s
+                ):
+                    chunk = body.read(wanted)
                 if not chunk and left:
                     raise ConnectionError(f"the connection ended {left} bytes early")
                 data += chunk

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewstep.errors import StorageError
 from fewstep.storage.faults import Backoff, Place, RetryLimits, final_error, is_passing, retrying
+from fewstep.storage.pace import at_pace
 
 
 class ObjectStream(io.RawIOBase):
@@ -57,7 +58,11 @@ class ObjectStream(io.RawIOBase):
         if self._body is None:
             self._connect()
         left = self._size_bytes - self._position
-        data: bytes = self._body.read(min(size_bytes, left))
+        wanted, limits = min(size_bytes, left), self._limits
+        with at_pace(
+            self._body, wanted, read_timeout_s=limits.read_timeout_s, min_bytes_per_s=limits.read_min_bytes_per_s
+        ):
+            data: bytes = self._body.read(wanted)
         if not data:
             raise ConnectionError(f"the connection ended {left} bytes early")
         return data

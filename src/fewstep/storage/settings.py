@@ -35,6 +35,12 @@ class StorageSettings(BaseModel):
     start_timeout_s: float = Field(60.0, gt=0, description="Longest wait in seconds for the embedded server to answer.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait in seconds for a connection.")
     read_timeout_s: float = Field(60.0, gt=0, description="Longest silence in seconds in the middle of an answer.")
+    read_min_bytes_per_s: float = Field(
+        10_000,
+        ge=0,
+        description="Least bytes a second: a read of a MiB that takes longer, and longer than read_timeout_s, is "
+        "broken off and tried again from the byte reached; 0: none.",
+    )
     retry_attempts: int = Field(8, ge=1, description="Most tries of one request.")
     retry_base_s: float = Field(0.5, ge=0, description="Pause in seconds after the first try; it doubles each time.")
     retry_max_wait_s: float = Field(20.0, gt=0, description="Longest single pause in seconds between two tries.")

@@ -13,14 +13,15 @@ GPU_TUNING ?= --channels-last --compile --tf32 --cudnn-benchmark
 VENV := .venv
 BIN := $(VENV)/bin
 FEWSTEP := $(BIN)/fewstep
+IMG2DATASET := .venv-img2dataset
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test lint types contracts format teacher serve gpu-check constraints clean
+.PHONY: help install install-dev img2dataset demo test lint types contracts format teacher serve gpu-check constraints clean
 
 help: ## Show what make can do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Only pip needs the interpreter to be checked: whoever gets past this line has a working .venv.
 $(BIN)/pip:
@@ -45,15 +46,23 @@ install: $(VENV)/.installed-demo ## Make .venv with all that the demo needs
 
 install-dev: $(VENV)/.installed-dev ## The same, and what the tests need
 
+# img2dataset needs older libraries than fewstep has, so it runs in an environment of its own.
+$(IMG2DATASET)/.installed: docker/prepare/requirements.txt | $(BIN)/pip
+	$(PYTHON) -m venv $(IMG2DATASET)
+	$(IMG2DATASET)/bin/pip install --progress-bar off $(PIP_ARGS) -r docker/prepare/requirements.txt
+	@touch $@
+
+img2dataset: $(IMG2DATASET)/.installed ## Make .venv-img2dataset, with what downloads pictures that metadata name
+
 demo: install ## Run the main job from end to end on this machine (at most 15 minutes on 2 cores)
 	$(FEWSTEP) demo
 
 # Two processes of one thread each: one has most tests that need a Ray, the other those that need none, and then the rest.
-WITHOUT_RAY := $(patsubst %,tests/integration/test_%.py,storage_s3 stream_s3 tracking_mlflow)
+WITHOUT_RAY := $(patsubst %,tests/integration/test_%.py,img2dataset storage_s3 stream_s3 tracking_mlflow)
 RAY_LATER := tests/integration/test_demo.py
 WITH_RAY := $(filter-out $(WITHOUT_RAY) $(RAY_LATER),$(wildcard tests/integration/test_*.py))
 
-test: lint types contracts ## Run every check and every test that needs no GPU
+test: lint types contracts img2dataset ## Run every check and every test that needs no GPU
 	@export OMP_NUM_THREADS=1; mkdir -p runs; \
 	  $(BIN)/python -m pytest -p no:cacheprovider $(WITH_RAY) > runs/test-ray.log 2>&1 & \
 	  others=0; $(BIN)/python -m pytest $(addprefix --ignore=,$(WITH_RAY) $(RAY_LATER)) || others=$$?; \
@@ -101,6 +110,6 @@ constraints: install-dev ## Write constraints.txt from what .venv holds
 	mv constraints.new constraints.txt
 	touch $(VENV)/.installed-demo $(VENV)/.installed-dev
 
-clean: ## Take out .venv, caches, runs and the local store
-	rm -rf $(VENV) .fewstep runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## Take out both environments, caches, runs and the local store
+	rm -rf $(VENV) $(IMG2DATASET) .fewstep runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

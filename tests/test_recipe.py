@@ -127,7 +127,25 @@ def test_updates_of_single_rungs() -> None:
             {"data": {"captions": [{"template": "{txt"}]}},
             ["data.captions.0.template='{txt'", "a field is a name in braces"],
         ),
-        ({"data": {"filters": [{"feild": "width", "min": 1}]}}, ["data.filters.0.feild: unknown key"]),
+        (
+            {"data": {"filters": [{"feild": "width", "min": 1}]}},
+            ["data.filters.0.feild: unknown key; the keys here are field, min"],
+        ),
+        ({"data": {"train": []}}, ["data.train: the list of sources is empty: name at least one, or a URI"]),
+        ({"data": {"train": 3}}, ["data.train=3: 3 is neither the URI of shards nor a list of sources"]),
+        ({"data": {"train": {"uri": "s3://b/x"}}}, ["data.train: {'uri': 's3://b/x'} is neither the URI"]),
+        (
+            {"data": {"train": [{"uri": "s3://b/x", "weight": 0}, {"uri": "s3://b/y", "weight": -2}]}},
+            ["data.train.0.weight=0: ", "greater than 0", "data.train.1.weight=-2"],
+        ),
+        ({"data": {"train": [{"uri": "s3://b/x", "weight": float("inf")}]}}, ["data.train.0.weight=inf", "finite"]),
+        ({"data": {"train": [{"url": "s3://b/x"}]}}, ["train.0.url: unknown key; the keys here are uri, weight, name"]),
+        ({"data": {"train": [{"uri": "s3://b/x", "name": "a//b"}]}}, ["data.train.0.name='a//b'", "match pattern"]),
+        (
+            {"data": {"train": [{"uri": "s3://b/x", "name": "own"}, {"uri": "s3://b/own"}, {"uri": "s3://b/own"}]}},
+            ["data.train: 3 sources, of which more than one is named 'b/own': give each a name of its own"],
+        ),
+        ({"data": {"evaluate": [{"uri": "s3://b/x"}]}}, ["data.evaluate: Input should be a valid string"]),
         ({"prepare__resolution": 8}, ["prepare.resolution=8", "greater than or equal to 16"]),
     ],
     ids=lambda value: "" if isinstance(value, list) else next(iter(value)),
@@ -174,6 +192,21 @@ def test_shards_may_be_named_instead_of_prepared() -> None:
     stages = ["encode", "guidance"]
     recipe = parse_recipe(content(stages=stages, prepare=None, data={"train": "s3://b/train", "evaluate": "s3://b/ev"}))
     assert recipe.data.train == "s3://b/train"
+
+
+def test_sources_are_mixed_by_weight() -> None:
+    shards = {"train": [{"uri": "s3://b/laion/train", "weight": 3}, {"uri": "s3://b/own/train", "name": "mine"}]}
+    recipe = parse_recipe(content(data=shards))
+    assert isinstance(recipe.data.train, tuple)
+    assert [(each.name, each.weight) for each in recipe.data.train] == [("train", 3.0), ("mine", 1.0)]
+    again = parse_recipe(recipe.model_dump(mode="json", by_alias=True))
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+
+
+def test_a_list_of_one_source_is_its_uri() -> None:
+    alone = parse_recipe(content(data={"train": [{"uri": "s3://b/train", "weight": 3, "name": "x"}]}))
+    assert alone == parse_recipe(content(data={"train": "s3://b/train"}))
 
 
 def test_recipes_are_frozen() -> None:

@@ -40,9 +40,10 @@ from fewstep.plan.teacher import find_shape
 from fewstep.recipe import Recipe, load_recipe
 from fewstep.stages.convert import _export as export_converted
 from fewstep.stages.convert import _objective as convert_objective
-from fewstep.stages.guidance import TeacherSource, export_student
 from fewstep.stages.guidance import _objective as guidance_objective
+from fewstep.stages.guidance import export_student
 from fewstep.stages.progressive import _objective as progressive_objective
+from fewstep.stages.teacher_source import TeacherSource
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.in_process import train_in_process
 from fewstep.train.job import TrainJob
@@ -191,7 +192,9 @@ class TinyBatches:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield SimpleNamespace(data=dict(self.data), rows=list(range(ROWS)), state={"streams": {}}, counts={})
+            yield SimpleNamespace(
+                data=dict(self.data), rows=list(range(ROWS)), state={"streams": {}}, counts={}, drawn={}
+            )
 
 
 def made_batch(parts: Parts) -> dict[str, Any]:

@@ -97,6 +97,25 @@ def stage(name: str, recipe: Path, out: Path | None) -> None:
 
 
 @main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--select-only", is_flag=True, help="Choose the rows and print the report, but download nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
+@plain_errors
+def prepare(recipe: Path, select_only: bool, out: Path | None) -> None:
+    """Make the shards of RECIPE: choose rows of its metadata and download their pictures, or draw its picture set.
+
+    Prints how many rows each filter left out, and what became of the downloads. A run that was stopped goes on where it
+    was.
+    """
+    from fewstep.preparing import prepare_lines, select_lines
+    from fewstep.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    for line in select_lines(loaded) if select_only else prepare_lines(loaded, out=_out_folder(out, loaded.name)):
+        click.echo(line)
+
+
+@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path), default=DEMO_RECIPE)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
 @plain_errors
@@ -367,6 +386,16 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
 @click.option(
     "--shape", metavar="NAME", help="A shipped shape, or a folder with configurations, in the teacher's place."
 )
+@click.option("--rows", type=int, help="Rows of metadata to choose from: plan the data path too.")
+@click.option("--shards", type=int, help="Shards of the samples: plan the data path too.  [default: samples / 10,000]")
+@click.option(
+    "--success", type=float, default=0.7, show_default=True, help="Share of addresses that still give a picture."
+)
+@click.option(
+    "--rates",
+    type=click.Path(path_type=Path),
+    help="What `fewstep bench data --json` printed on your machine.  [default: shipped figures]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 @plain_errors
 def plan(
@@ -376,6 +405,10 @@ def plan(
     workers: int | None,
     samples: int | None,
     shape: str | None,
+    rows: int | None,
+    shards: int | None,
+    success: float,
+    rates: Path | None,
     as_json: bool,
 ) -> None:
     """Estimate what the real run of RECIPE takes: FLOPs, memory of a GPU, GPU-hours, bytes; stage by stage.
@@ -383,15 +416,26 @@ def plan(
     Everything is counted on networks without weights, so it needs no GPU, no network and no download. What does not fit
     is said, with the settings that would make it fit.
 
+    With --rows or --shards it says as well what the data path takes: requests and bytes of the store, cores, memory.
+
     Example: fewstep plan workflows/recipes/sdxl-laion-1024.yaml --gpu a100-80
     """
     import json
 
-    from fewstep.plan import plan_recipe, render
+    from fewstep.plan import plan_data_of, plan_recipe, render, render_data
     from fewstep.recipe import load_recipe
 
-    planned = plan_recipe(load_recipe(recipe), gpu=gpu, mfu=mfu, shape=shape, num_workers=workers, num_samples=samples)
-    click.echo(json.dumps(planned.to_json(), indent=2) if as_json else render(planned))
+    loaded = load_recipe(recipe)
+    planned = plan_recipe(loaded, gpu=gpu, mfu=mfu, shape=shape, num_workers=workers, num_samples=samples)
+    data = None
+    if rows is not None or shards is not None:
+        data = plan_data_of(planned, loaded, shape=shape, rows=rows, shards=shards, success=success, rates=rates)
+    if as_json:
+        click.echo(json.dumps(planned.to_json() | ({"data": data.to_json()} if data else {}), indent=2))
+        return
+    click.echo(render(planned))
+    if data is not None:
+        click.echo("\n" + render_data(data))
 
 
 @main.command()

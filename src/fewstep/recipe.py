@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
+from fewstep.data.metadata.settings import MetadataSettings
 from fewstep.data.samples import SampleRules
 from fewstep.data.stream import StreamSettings
 from fewstep.errors import RecipeError
@@ -59,6 +60,9 @@ class Recipe(StageSettings):
     prepare_classes: ClassPicturesSettings | None = Field(
         None, description="pictures with a class each, instead of the emoji set"
     )
+    prepare_metadata: MetadataSettings | None = Field(
+        None, description="pictures downloaded by metadata such as LAION's, instead of the emoji set"
+    )
     train_teacher: TeacherStage | None = Field(None, description="settings of the teacher stage")
     train_class_teacher: ClassTeacherStage | None = Field(
         None, description="settings of the teacher stage for a class-conditional teacher"
@@ -79,7 +83,7 @@ class Recipe(StageSettings):
         if list(self.stages) != order:
             raise ValueError(f"stages {list(self.stages)} are out of order or doubled; the order is {order}")
         needs = {
-            "prepare": ("prepare", "prepare_classes"),
+            "prepare": ("prepare", "prepare_classes", "prepare_metadata"),
             "teacher": ("train_teacher", "train_class_teacher"),
             "convert": ("convert",),
             "guidance": ("guidance",),
@@ -174,6 +178,16 @@ class Recipe(StageSettings):
             )
         if classes and self.encode.crop == "random":
             raise ValueError(f"encode.crop=random has no effect on pictures with a class ({classes[0]}): leave it out")
+        if (
+            self.prepare_metadata is not None
+            and {"prepare", "encode"} <= set(self.stages)
+            and self.data.evaluate is None
+            and not self.prepare_metadata.num_evaluate
+        ):
+            raise ValueError(
+                "prepare_metadata.num_evaluate=0, and held-out pictures show how well a training does: draw some "
+                "thousands, or name shards in data.evaluate"
+            )
         if "evaluate" not in self.stages:
             return
         if self.evaluate_classes is not None:
@@ -186,11 +200,7 @@ class Recipe(StageSettings):
             )
         if "prepare" not in self.stages and (self.data.evaluate is None or self.data.alignment is None):
             raise ValueError("stages has evaluate, so data.evaluate and data.alignment must name held-out shards")
-        if self.prepare is not None and self.evaluate.num_prompts > self.prepare.num_evaluate:
-            raise ValueError(
-                f"evaluate.num_prompts={self.evaluate.num_prompts} is more than prepare.num_evaluate="
-                f"{self.prepare.num_evaluate}: every prompt is one held-out scene; raise num_evaluate"
-            )
+        self._check_held_out()
         if "register" in self.stages:
             if self.register_.num_inference_steps not in self.evaluate.steps:
                 raise ValueError(
@@ -202,6 +212,28 @@ class Recipe(StageSettings):
                     f"register.gate.min_num_images={self.register_.gate.min_num_images} is more than "
                     f"evaluate.num_prompts={self.evaluate.num_prompts}: no student could ever pass"
                 )
+
+    def _check_held_out(self) -> None:
+        prompts = self.evaluate.num_prompts
+        if self.prepare is not None and prompts > self.prepare.num_evaluate:
+            raise ValueError(
+                f"evaluate.num_prompts={prompts} is more than prepare.num_evaluate={self.prepare.num_evaluate}: every "
+                "prompt is one held-out scene; raise num_evaluate"
+            )
+        metadata = self.prepare_metadata
+        if metadata is None or "prepare" not in self.stages:
+            return
+        if self.data.evaluate is None and prompts > metadata.num_evaluate:
+            raise ValueError(
+                f"evaluate.num_prompts={prompts} is more than prepare_metadata.num_evaluate={metadata.num_evaluate}: "
+                "every prompt is one held-out picture, and some cannot be downloaded; raise num_evaluate, or name "
+                "shards in data.evaluate"
+            )
+        if self.data.alignment is None and not metadata.num_alignment:
+            raise ValueError(
+                "stages has evaluate, and prepare_metadata.num_alignment=0: its scorer of text alignment is fitted "
+                "with held-out pictures; draw some thousands, or name shards in data.alignment"
+            )
 
     def _check_classes(self, settings: ClassEvaluateSettings) -> None:
         if "register" in self.stages:
@@ -296,11 +328,18 @@ def _explain(fault: Any) -> str:
 def _known_keys(location: tuple[Any, ...]) -> str:
     model: Any = Recipe
     for part in location[:-1]:
+        if isinstance(part, int):  # the place in a list
+            continue
         fields = {(field.alias or name): field for name, field in getattr(model, "model_fields", {}).items()}
         if part not in fields:
             return "see docs/recipes.md for the keys"
-        annotation = fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((option for option in options if hasattr(option, "model_fields")), None)
+        model = settings_class(fields[part].annotation)
     keys = [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
     return "the keys here are " + ", ".join(keys)
+
+
+def settings_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings that a key of this type takes, one or a list of them; None: it takes a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := settings_class(each)) is not None), None)

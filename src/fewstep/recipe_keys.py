@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fewstep.recipe import Recipe
+from fewstep.recipe import Recipe, settings_class
 
 _HEAD = """# Recipes: every key
 
@@ -29,16 +29,11 @@ def recipe_keys() -> str:
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
-        inner = _settings_class(field)
+        inner = settings_class(field.annotation)
         text = (field.description or "").rstrip(".").replace("|", "\\|")
         yield key, "" if inner else _default(field), text
         if inner is not None:
             yield from _rows(inner, f"{key}.")
-
-
-def _settings_class(field: FieldInfo) -> type[BaseModel] | None:
-    options = [field.annotation, *get_args(field.annotation)]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
 def _default(field: FieldInfo) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, field_validator, model_validator
 
 from fewstep.data.masks import MaskSettings
+from fewstep.data.mixture import Source, named_sources
 from fewstep.data.pictures import Crop
 from fewstep.data.samples import CaptionSource, FieldFilter
 from fewstep.diffusion.prediction import PredictionType
@@ -19,6 +22,9 @@ _VAE_HAS_SIZES = (
     "vae names the autoencoder of a model, which is trained and has its sizes: leave out autoencoder and "
     "autoencoder_train, or vae"
 )
+
+
+_SOURCES = TypeAdapter(tuple[Source, ...])
 
 
 def _check_is_no_alias(key: str, uri: str | None) -> None:
@@ -38,7 +44,11 @@ class StageSettings(BaseModel):
 class DataSettings(StageSettings):
     """Where the text-image shards lie, when the prepare stage does not make them."""
 
-    train: str | None = Field(None, description="URI of webdataset shards to train on (img2dataset layout)")
+    train: str | tuple[Source, ...] | None = Field(
+        None,
+        description="URI of webdataset shards to train on (img2dataset layout), or a list of sources that are mixed by "
+        "their weights",
+    )
     evaluate: str | None = Field(None, description="URI of held-out shards, for evaluation alone")
     alignment: str | None = Field(None, description="URI of further shards, to fit the scorer of text alignment with")
     filters: tuple[FieldFilter, ...] = Field(
@@ -48,11 +58,37 @@ class DataSettings(StageSettings):
         (), description="where captions come from, one drawn for each sample by the seed; none: the member .txt"
     )
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _name_sources(cls, train: Any) -> Any:
+        if train is None or isinstance(train, str):
+            return train
+        if not isinstance(train, (list, tuple)):
+            raise ValueError(f"{train!r} is neither the URI of shards nor a list of sources with uri and weight")
+        if not train:
+            raise ValueError("the list of sources is empty: name at least one, or a URI")
+        sources = _SOURCES.validate_python(train)
+        # There is nothing to mix in a single one, so that it is what its URI is.
+        return sources[0].uri if len(sources) == 1 else named_sources(sources)
+
 
 class EncodeSettings(StageSettings):
     """How pictures and captions become latents and text embeddings."""
 
     batch_size: int = Field(64, ge=1, description="pictures encoded at once")
+    encoders: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="processes in the cluster that encode, each with a GPU if trainings have one; auto: as many as "
+        "cluster.num_workers where those have GPUs, and otherwise this process alone",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what VAE and text encoder compute in; bfloat16 is faster on GPUs, and coarser"
+    )
+    store_text: bool = Field(
+        True,
+        description="store text embeddings beside the training latents; false: trainings make them of the captions, by "
+        "the teacher's frozen text encoder, and shards are a third as large (Stable Diffusion 1.5)",
+    )
     crop: Crop = Field(
         "center",
         description="what is kept of a picture's longer side: the middle, or a part drawn by the seed and its key "

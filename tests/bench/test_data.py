@@ -44,7 +44,7 @@ def test_every_figure_is_there(capfd: pytest.CaptureFixture[str]) -> None:
     for part, goal in (("pictures", "of bare"), ("pictures", "of webdataset"), ("latents", "of boto3")):
         assert 0 < result[part][goal]["median"] < 100
     lines = table(result).splitlines()
-    assert len(lines) == 4 + 8
+    assert len(lines) == 4 + 9
     assert all(line.endswith(("| met |", "| not met |", "| none set |  |")) for line in lines[4:])
 
 

@@ -89,6 +89,15 @@ def test_time_and_bytes_by_hand() -> None:
     assert plan.gpu_hours == pytest.approx(sum(step.gpu_seconds for step in plan.steps) / 3600)
 
 
+def test_sources_that_are_mixed_are_planned_as_one_data_set() -> None:
+    sources = [{"uri": "s3://b/laion", "weight": 3}, {"uri": "s3://b/own"}]
+    named = {"stages": ["encode", "guidance"], "prepare": None, "progressive": None}
+    mixed = plan_recipe(recipe_of(**named, data={"train": sources, "evaluate": "s3://b/held-out"}))
+    one = plan_recipe(recipe_of(**named, data={"train": "s3://b/laion", "evaluate": "s3://b/held-out"}))
+    assert (mixed.num_samples, mixed.steps) == (one.num_samples, one.steps)
+    assert "stage one" in render(mixed)
+
+
 def test_workers_share_the_time_and_not_the_encoding() -> None:
     alone, four = plan_recipe(recipe_of()), plan_recipe(recipe_of(), num_workers=4)
     assert four.gpu_hours == pytest.approx(alone.gpu_hours)

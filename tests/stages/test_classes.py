@@ -35,7 +35,7 @@ from fewstep.stages.convert import _export as _export_converted
 from fewstep.stages.convert import _objective as _convert
 from fewstep.stages.evaluate_classes import _dpm_solver
 from fewstep.stages.fingerprints import autoencoder_fingerprint, fingerprint, folder_digest
-from fewstep.stages.guidance import TeacherSource
+from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings

@@ -14,7 +14,7 @@ from fewstep.errors import ModelError, RecipeError
 from fewstep.models import initial_noise, load_parts
 from fewstep.stage_settings import ConvertStage
 from fewstep.stages.convert import _export, _objective, converted_config
-from fewstep.stages.guidance import TeacherSource
+from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage
 from fewstep.tracking.settings import TrackingSettings
 from tiny import CAPTIONS, tiny_teacher

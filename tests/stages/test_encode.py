@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from functools import partial
@@ -19,7 +18,8 @@ from fewstep.data.shards import read_index, write_shards
 from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import DataError, RecipeError
 from fewstep.models import TextToImageParts
-from fewstep.stages.encode import check_takes_sizes, encode_shards
+from fewstep.stages.encode import check_takes_sizes
+from fewstep.stages.encode_shards import EncodeTask, Encoding, ShardEncoder, encode_shards
 from fewstep.storage import Storage, join
 from tiny import tiny_sdxl, tiny_teacher
 
@@ -36,8 +36,10 @@ def _sample(number: int) -> dict[str, Any]:
 
 
 def _encode(source: str, target: str, parts: TextToImageParts, storage: Storage, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"batch_size": 3, "max_bad_share": 0.5, "label": "test", **changes}
-    return encode_shards(source, target, parts=parts, storage=storage, **settings)
+    settings: dict[str, Any] = {"max_bad_share": 0.5, "label": "test"}
+    settings |= {name: changes.pop(name) for name in ("max_bad_share", "encoders") if name in changes}
+    encoding = Encoding(batch_size=3, **changes)
+    return encode_shards(source, target, parts=parts, storage=storage, encoding=encoding, **settings)
 
 
 def _latents(uri: str, storage: Storage) -> list[dict[str, Any]]:
@@ -92,16 +94,15 @@ def test_a_run_that_was_killed_goes_on_at_the_shard_it_had_reached(
     samples = [_sample(number) for number in range(12)]
     samples[2]["png"] = b"broken"
     write_shards(samples, source, samples_per_shard=4, storage=storage)
-    module = importlib.import_module("fewstep.stages.encode")  # the package has a function of that name
-    real, names = module._encode_shard, []
+    real, names = ShardEncoder.encode, []
 
-    def encode_shard(shard: Any, uri: str, **arguments: Any) -> dict[str, Any]:
-        names.append(shard.name)
+    def encode(self: ShardEncoder, task: EncodeTask) -> dict[str, Any]:
+        names.append(task.shard.name)
         if len(names) == 3:
             raise KeyboardInterrupt
-        return real(shard, uri, **arguments)
+        return real(self, task)
 
-    monkeypatch.setattr(module, "_encode_shard", encode_shard)
+    monkeypatch.setattr(ShardEncoder, "encode", encode)
     with pytest.raises(KeyboardInterrupt):
         _encode(source, target, parts, storage)
     facts = _encode(source, target, parts, storage)
@@ -122,6 +123,35 @@ def test_shards_that_changed_are_encoded_again(parts: TextToImageParts, storage:
     assert after["digest"] != before["digest"]
     captions = [sample["caption"] for sample in _latents(target, storage)]
     assert captions == [f"picture {number}" for number in (0, 1, 2, 3, 8, 9)]
+    tars = [info.uri for info in storage.list(target) if info.uri.endswith(".tar")]
+    assert tars == [shard.uri for shard in read_index(target, storage=storage).shards], "nothing is left of the old"
+
+
+def test_a_late_task_of_the_same_shard_changes_nothing(
+    parts: TextToImageParts, storage: Storage, bucket_uri: str
+) -> None:
+    """A machine that was given up for dead comes back, and has rounded differently."""
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    index = write_shards([_sample(number) for number in range(4)], source, samples_per_shard=4, storage=storage)
+    facts = _encode(source, target, parts, storage)
+    late = ShardEncoder(parts, Encoding(batch_size=3, precision="bfloat16"), storage)
+    record = late.encode(EncodeTask(0, index.shards[0], target))
+    (shard,) = read_index(target, storage=storage).shards
+    assert record["shard"]["fingerprint"] == shard.fingerprint
+    assert [info.uri for info in storage.list(target) if info.uri.endswith(".tar")] == [shard.uri]
+    assert _encode(source, target, parts, storage) == facts
+
+
+def test_bfloat16_is_coarser_and_no_more(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:
+    source = join(bucket_uri, "pictures")
+    write_shards([_sample(number) for number in range(8)], source, samples_per_shard=8, storage=storage)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        target = join(bucket_uri, precision)
+        _encode(source, target, parts, storage, precision=precision)
+        found.append(torch.stack([sample["latent_mean"].float() for sample in _latents(target, storage)]))
+    difference = (found[1] - found[0]).abs().max() / found[0].std()
+    assert 1e-4 < difference < 0.1
 
 
 def test_filters_and_captions_are_part_of_the_latents_and_counted_over_a_restart(

@@ -21,8 +21,9 @@ from fewstep.diffusion import ddim
 from fewstep.distill import GuidanceObjective, ProgressiveObjective
 from fewstep.models import Parts, StudentInfo, initial_noise, load_model
 from fewstep.stages.batches import format_of, sample_batches
-from fewstep.stages.encode import encode_shards, mask_of
-from fewstep.stages.guidance import TeacherSource, export_student
+from fewstep.stages.encode_shards import Encoding, encode_shards, mask_of
+from fewstep.stages.guidance import export_student
+from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.in_process import train_in_process
@@ -47,8 +48,8 @@ def _pictures(uri: str, storage: Storage) -> list[dict[str, Any]]:
 
 def _encode(source: str, target: str, parts: Parts, storage: Storage, **more: Any) -> None:
     masks = MASKS if parts.family == "inpainting" else None
-    shared: dict[str, Any] = {"batch_size": 8, "max_bad_share": 0.0, "masks": masks, "label": "test"}
-    encode_shards(source, target, parts=parts, storage=storage, **shared, **more)
+    encoding = Encoding(batch_size=8, masks=masks, **more)
+    encode_shards(source, target, parts=parts, storage=storage, encoding=encoding, max_bad_share=0.0, label="test")
 
 
 def _train(name: str, folder: Path, **job: Any) -> Path:

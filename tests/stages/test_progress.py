@@ -17,7 +17,7 @@ from PIL import Image
 
 from fewstep.data.shards import write_shards
 from fewstep.stages import progress as stages_progress
-from fewstep.stages.encode import encode_shards
+from fewstep.stages.encode_shards import Encoding, encode_shards
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
 from tiny import tiny_teacher
@@ -110,7 +110,7 @@ def test_shards_that_were_encoded_before_count_from_the_start(
     samples[6]["png"] = b"broken"
     source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
     write_shards(samples, source, samples_per_shard=4, storage=storage)
-    settings: dict[str, Any] = {"batch_size": 2, "max_bad_share": 0.5, "label": "encode"}
+    settings: dict[str, Any] = {"encoding": Encoding(batch_size=2), "max_bad_share": 0.5, "label": "encode"}
     encode_shards(source, target, parts=tiny_teacher(), storage=storage, **settings)
     storage.delete(join(target, "records", "00001.json"))  # as if the run had been killed there
     capsys.readouterr()

@@ -67,7 +67,7 @@ class LatentBatches:
                 "token_ids": self._token_ids[captions],
             }
             state = {"streams": {str(s): [0, self._position] for s in self._own}}
-            yield SimpleNamespace(data=data, rows=rows, state=state, counts={})
+            yield SimpleNamespace(data=data, rows=rows, state=state, counts={}, drawn={})
 
 
 def real_job(kind: Kind, folder: Path, *, updates: int = 20) -> TrainJob:

@@ -59,6 +59,7 @@ def test_learns_and_reports(tmp_path: Path) -> None:
     assert last["noise"] == pytest.approx(0.05**2, rel=0.5)
     assert last["learning_rate"] == pytest.approx(3e-3 / 300)
     assert last["skipped/broken"] == 1
+    assert last["drawn/toy"] == 300 * toy_job().settings.global_batch_size
     assert result.updates == 300
     assert result.figures == last
     assert result.resumed_from is None

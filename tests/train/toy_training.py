@@ -77,7 +77,8 @@ class ToyBatches:
             if update == self.nan_at:
                 x[0, 0] = float("nan")
             state = {"streams": {str(s): [0, position] for s, position in self.position.items()}}
-            yield SimpleNamespace(data={"x": x}, rows=rows, state=state, counts={"broken": 1})
+            drawn = {"toy": sum(self.position.values())}
+            yield SimpleNamespace(data={"x": x}, rows=rows, state=state, counts={"broken": 1}, drawn=drawn)
 
     def _mischief(self, update: int) -> None:
         if self.log is not None and self.rank == 0:

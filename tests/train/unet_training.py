@@ -79,6 +79,7 @@ class KeyedBatches:
                 rows=[s * self.each + k for s in self.own for k in range(self.each)],
                 state={"streams": {str(s): [0, self.position] for s in self.own}},
                 counts={},
+                drawn={},
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.bench.batches import SyntheticBatches
 from fewstep.bench.settings import Stage
+from fewstep.data.mixture import sources_of
 from fewstep.data.stream import BatchSource
 from fewstep.diffusion import NoiseSchedule
 from fewstep.diffusion.prediction import check_prediction_type
@@ -27,6 +28,7 @@ from fewstep.recipe import Recipe
 from fewstep.stage_settings import GuidanceStage, ProgressiveStage
 from fewstep.stages import find_artifact
 from fewstep.stages.batches import SampleFormat, sample_batches
+from fewstep.stages.context import encoded_shards
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.settings import TrainSettings
@@ -97,11 +99,12 @@ def recipe_train_workload(recipe: Recipe, stage: Stage, storage: Storage) -> Tra
         network = f"network of {recipe.teacher or 'the recipe’s teacher stage'}"
         build = partial(on_device, load_model(folder).denoiser())
     encoded = find_artifact(recipe, storage, "encode")
+    sources = () if encoded is None else sources_of(encoded_shards(recipe, encoded.facts["train"]))
     return TrainWorkload(
         name=recipe.name,
         network=network,
-        data=f"shards in {encoded.facts['train']['uri']}"
-        if encoded is not None
+        data=f"shards in {' and '.join(source.uri for source in sources)}"
+        if sources
         else "synthetic samples in memory, as the encode stage has not run: the data wait says nothing of a store",
         sample_shape=shape.sample_shape,
         conditions=shape.conditions,
@@ -196,7 +199,8 @@ def _stored_batches(
 ) -> Callable[..., BatchSource]:
     return partial(
         sample_batches,
-        facts["train"]["uri"],
+        # Held-out latents have their text embeddings where those of training have none.
+        encoded_shards(recipe, facts["evaluate" if "training_format" in facts else "train"]),
         decode=SampleFormat(**facts["format"]).decoder(),
         storage=storage,
         stream=recipe.stream,

@@ -9,6 +9,9 @@ is that of mosaicml/streaming (``py1e`` shuffle over canonical nodes).
 
 Within an epoch, the streams together give every sample once. Streams run through their epochs at their own pace:
 when shards differ in size, one stream may begin its next epoch a little before another.
+
+Where there are several sources with weights, each has such an order of its own, and a stream of the mixture is made of
+that stream of each source: which of them gives a row is a pure function of the stream and the number of the row.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from fewstep.errors import DataError
 
 _DEAL, _SHUFFLE, _PIECES = 0, 1, 2  # keep the random numbers of the uses apart
 _BLOCK = 512  # of a tar
+_LONGEST_PERIOD = 10_000  # of the order of sources; a rarer one is not spread over the streams
 
 
 def _permutation(size: int, *key: int) -> list[int]:
@@ -29,16 +33,22 @@ def _permutation(size: int, *key: int) -> list[int]:
     return [int(index) for index in np.argsort(bits, kind="stable")]
 
 
-def check_streams(num_shards: int, *, num_streams: int, global_batch_size: int, world_size: int) -> None:
-    """DataError unless the shards, streams, batch and workers divide as the order needs them to."""
+def check_streams(
+    num_shards: int, *, num_streams: int, global_batch_size: int, world_size: int, source: str = ""
+) -> None:
+    """DataError unless the shards, streams, batch and workers divide as the order needs them to.
+
+    `source` is the name of the shards' source, where there are several.
+    """
     if num_streams < 1 or world_size < 1:
         raise DataError(
             f"num_streams is {num_streams} and the number of workers {world_size}: both must be at least 1."
         )
     if num_shards < num_streams:
+        of_source = f" in the source {source}" if source else ""
         raise DataError(
-            f"There are {num_shards} shards for {num_streams} canonical streams, and each stream needs at least one. "
-            f"Write more shards (a smaller samples_per_shard), or set num_streams to at most {num_shards}."
+            f"There are {num_shards} shards{of_source} for {num_streams} canonical streams, and each stream needs at "
+            f"least one. Write more shards (a smaller samples_per_shard), or set num_streams to at most {num_shards}."
         )
     if num_streams % world_size:
         fitting = [n for n in range(1, num_streams + 1) if num_streams % n == 0]
@@ -98,3 +108,28 @@ def cut_blocks(sizes: Sequence[int], *, shuffle_bytes: int) -> list[range]:
 def shuffle_block(num_samples: int, *, seed: int, epoch: int, stream: int, block: int) -> list[int]:
     """The order in which the samples 0 … `num_samples` − 1 of a block (its shards one after another) are taken."""
     return _permutation(num_samples, seed, _SHUFFLE, epoch, stream, block)
+
+
+def next_source(shares: Sequence[int], drawn: Sequence[int]) -> int:
+    """The source of the next row of a mixture, of which `drawn` rows came from each: the one furthest behind its share.
+
+    That is the greatest w·(n + 1) − drawn with the weights w = share / sum of shares, for the n-th row, and the first
+    of equals. In whole numbers: rounding decides nothing, however many rows there are.
+    """
+    row, total = sum(drawn) + 1, sum(shares)
+    return max(range(len(shares)), key=lambda source: shares[source] * row - drawn[source] * total)
+
+
+def source_starts(shares: Sequence[int], *, num_streams: int) -> list[tuple[int, ...]]:
+    """For each stream, how many rows of each source come before its first one in the order that `next_source` gives.
+
+    All streams follow that order, each from another place of its period on. From the same place they would all take a
+    row of the rare source at once, and the other batches would have none of it.
+    """
+    period = min(sum(shares), _LONGEST_PERIOD)
+    starts, drawn = [], [0] * len(shares)
+    for stream in range(num_streams):
+        while sum(drawn) < stream * period // num_streams:
+            drawn[next_source(shares, drawn)] += 1
+        starts.append(tuple(drawn))
+    return starts

@@ -10,22 +10,20 @@ from typing import Any
 
 import torch
 
-from fewstep.data.canonical import CanonicalStream, ShardOrder
 from fewstep.data.disk_cache import DiskCache
+from fewstep.data.mixed_stream import MixedOrder, MixedStream, StreamState
 from fewstep.data.pieces import PieceMemory, PieceReader, PieceSource
-from fewstep.data.source import Decode, SampleCounts, as_sample, decode_sample
+from fewstep.data.source import Decode, SampleCounts
 from fewstep.errors import DataError
 from fewstep.storage import Storage
-
-Position = tuple[int, int, int]
 
 
 @dataclass
 class Part:
-    """Some streams, by where they are, and what was skipped in them."""
+    """Some streams, by where they are, and what was skipped in them, by source."""
 
-    positions: dict[int, Position]
-    counts: SampleCounts
+    streams: dict[int, StreamState]
+    counts: tuple[SampleCounts, ...]
 
 
 @dataclass
@@ -53,7 +51,7 @@ class PartReader:
     def __init__(
         self,
         *,
-        order: ShardOrder,
+        order: MixedOrder,
         storage: Storage,
         decode: Decode,
         rows_per_stream: int,
@@ -77,23 +75,20 @@ class PartReader:
             CheckpointError: the shards have no such position.
             StorageError: the store does not answer.
         """
-        source, counts = self._pieces(), part.counts.copy()
+        source, counts = self._pieces(), [each.copy() for each in part.counts]
         pool = ThreadPoolExecutor(max_workers=self._connections, thread_name_prefix="fewstep-shards")
         try:
-            streams = [
-                CanonicalStream(number, self._order, source, pool, position)
-                for number, position in part.positions.items()
-            ]
+            streams = [MixedStream(number, self._order, source, pool, state) for number, state in part.streams.items()]
             for stream in streams:
                 stream.prefetch()
             while True:
                 samples, rows = [], []
                 for stream in streams:
                     for k in range(self._rows_per_stream):
-                        samples.append(self._next_sample(stream, counts))
+                        samples.append(stream.next_sample(self._decode, counts))
                         rows.append(stream.number * self._rows_per_stream + k)
-                positions = {stream.number: stream.position for stream in streams}
-                yield PartBatch(stack_samples(samples), rows, Part(positions, counts.copy()))
+                after = Part({stream.number: stream.state for stream in streams}, tuple(c.copy() for c in counts))
+                yield PartBatch(stack_samples(samples), rows, after)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -102,25 +97,6 @@ class PartReader:
             disk = DiskCache(self._disk_cache[0], size_bytes=self._disk_cache[1]) if self._disk_cache else None
             self._source = PieceMemory(PieceReader(self._storage, disk_cache=disk), size_bytes=self._cache_bytes)
         return self._source
-
-    def _next_sample(self, stream: CanonicalStream, counts: SampleCounts) -> dict[str, Any]:
-        first_epoch = stream.position[0]
-        while True:
-            place = stream.next_place()
-            for lost in stream.take_lost():
-                counts.seen += lost.samples
-                counts.lose(lost.shard.uri, lost.reason, lost.detail, samples=lost.samples, start=lost.start)
-            if stream.position[0] > first_epoch + 1:
-                worst = max(counts.shards, key=lambda shard: counts.shards[shard], default="its shards")
-                raise DataError(
-                    f"Stream {stream.number} found no usable sample in a whole epoch; skipped: {counts.by_reason()}. "
-                    f"Look at {worst}."
-                )
-            if place is None:
-                continue
-            decoded = decode_sample(as_sample(place.sample), self._decode, shard=place.shard, counts=counts)
-            if decoded is not None:
-                return decoded
 
 
 def stack_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

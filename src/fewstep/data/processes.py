@@ -71,7 +71,7 @@ class InProcesses:
     """The Batches of several parts, each read in a process of its own, at most `ahead` before they are wanted."""
 
     def __init__(self, reader: PartReader, parts: Sequence[Part], *, ahead: int) -> None:
-        self._streams = [set(part.positions) for part in parts]
+        self._streams = [set(part.streams) for part in parts]
         # Not by fork: a Ray worker has threads, whose locks a forked process would find shut for ever.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fewstep.data.part"])
@@ -110,9 +110,9 @@ class InProcesses:
         if isinstance(item, BaseException):
             raise item
         assert isinstance(item, PartBatch)
-        if set(item.after.positions) != streams:
+        if set(item.after.streams) != streams:
             raise DataError(
-                f"a loading process gave rows of the streams {sorted(item.after.positions)} where those of "
+                f"a loading process gave rows of the streams {sorted(item.after.streams)} where those of "
                 f"{sorted(streams)} were due: a batch before it did not arrive. Its process's words stand above"
             )
         return item

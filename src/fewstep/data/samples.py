@@ -47,25 +47,43 @@ class FieldFilter(BaseModel):
             raise ValueError(f"the filter on {self.field} keeps nothing: min={self.min:g} is above max={self.max:g}")
         return self
 
+    def reasons(self) -> dict[Literal["missing", "number", "min", "max", "one_of", "matches"], str]:
+        """Return the short constant text by which samples are counted, for each way to fail."""
+        words: dict[Literal["missing", "number", "min", "max", "one_of", "matches"], str] = {}
+        if self.missing == "drop":
+            words["missing"] = f"no {self.field}"
+        if self.min is not None or self.max is not None:
+            words["number"] = f"{self.field} is no number"
+        if self.min is not None:
+            words["min"] = f"{self.field} below {self.min:g}"
+        if self.max is not None:
+            words["max"] = f"{self.field} above {self.max:g}"
+        if self.one_of is not None:
+            words["one_of"] = f"{self.field} is none of {', '.join(map(str, self.one_of))}"
+        if self.matches is not None:
+            words["matches"] = f"{self.field} does not match {self.matches}"
+        return words
+
     def failure(self, record: Mapping[str, Any]) -> str | None:
-        """Return why a sample with this .json is left out, as a short constant text; None: it is kept."""
+        """Return why a sample with this .json is left out, one of `reasons`; None: it is kept."""
         value = record.get(self.field)
         if value is None:
-            return None if self.missing == "keep" else f"no {self.field}"
+            return self.reasons().get("missing")
+        failed: Literal["number", "min", "max", "one_of", "matches"] | None = None
         if self.min is not None or self.max is not None:
             try:
                 number = float(value)
             except (TypeError, ValueError, OverflowError):
-                return f"{self.field} is no number"
+                return self.reasons()["number"]
             if self.min is not None and not number >= self.min:  # NaN fails too
-                return f"{self.field} below {self.min:g}"
-            if self.max is not None and not number <= self.max:
-                return f"{self.field} above {self.max:g}"
-        if self.one_of is not None and value not in self.one_of:
-            return f"{self.field} is none of {', '.join(map(str, self.one_of))}"
-        if self.matches is not None and re.search(self.matches, str(value)) is None:
-            return f"{self.field} does not match {self.matches}"
-        return None
+                failed = "min"
+            elif self.max is not None and not number <= self.max:
+                failed = "max"
+        if failed is None and self.one_of is not None and value not in self.one_of:
+            failed = "one_of"
+        if failed is None and self.matches is not None and re.search(self.matches, str(value)) is None:
+            failed = "matches"
+        return None if failed is None else self.reasons()[failed]
 
 
 class CaptionSource(BaseModel):

@@ -11,6 +11,7 @@ import io
 import itertools
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fewstep.errors import DataError
-from fewstep.storage import Storage, join
+from fewstep.storage import ObjectInfo, Storage, join
 
 _INDEX = "index.json"
 _WRITING = ".writing"
+_STATS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def write_shard(samples: Iterable[Mapping[str, Any]], uri: str, *, storage: Stor
     chunk = list(samples)
     if not chunk:
         raise DataError(f"No samples were given for the shard {uri}. Look at the filter and the source.")
-    data = _tar(chunk)
+    data = tar_of(chunk)
     storage.write_bytes(uri, data)
     return Shard(uri, len(chunk), len(data), hashlib.sha256(data).hexdigest())
 
@@ -142,18 +144,26 @@ def read_index(uri: str, *, storage: Storage) -> ShardIndex:
     objects = {info.uri: info for info in storage.list(uri)}
     if join(uri, _WRITING) in objects:
         raise DataError(f"The writing of the shards in {uri} was cut short. Run the stage that writes them again.")
-    found = []
-    for tar_uri, info in objects.items():
-        if tar_uri.endswith(".tar"):
-            stats = tar_uri.removesuffix(".tar") + "_stats.json"
-            count = storage.read_json(stats).get("successes") if stats in objects else None
-            found.append(Shard(tar_uri, count, info.size_bytes, info.etag, info.etag))
+    tars = [info for info in objects.values() if info.uri.endswith(".tar")]
+
+    def successes(info: ObjectInfo) -> int | None:
+        stats = info.uri.removesuffix(".tar") + "_stats.json"
+        return storage.read_json(stats).get("successes") if stats in objects else None
+
+    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
+        counts = pool.map(successes, tars)
+        found = [
+            Shard(info.uri, count, info.size_bytes, info.etag, info.etag)
+            for info, count in zip(tars, counts, strict=True)
+        ]
     if not found:
         raise DataError(f"There are no shards (*.tar) in {uri}. Check the address, or run the prepare stage first.")
     return ShardIndex(tuple(found))
 
 
-def _tar(samples: list[Mapping[str, Any]]) -> bytes:
+def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
+    """The samples, as `write_shards` takes them, as one tar; the same samples give the same bytes. DataError for a bad
+    key or member."""
     buffer = io.BytesIO()
     keys: set[str] = set()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:

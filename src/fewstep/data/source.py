@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class SampleCounts:
     Too many is a DataError. Samples that cannot be used are judged from 100 seen on, by the share of those seen, with
     room for chance (three standard deviations). Samples lost with a cut shard come in heaps, so they are judged by the
     share of the whole data set, `dataset_samples`, when that is known. What filters leave out is counted apart, and not
-    judged, unless nothing remains.
+    judged, unless nothing remains. Where there are several sources, each has counts of its own, with its name.
     """
 
     max_bad_share: float = 0.05
@@ -56,6 +56,7 @@ class SampleCounts:
     skipped: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
+    source: str = ""
     _lost: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
     _logged: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
@@ -67,9 +68,16 @@ class SampleCounts:
     def num_lost(self) -> int:
         return sum(self.skipped.get(reason, 0) for reason in (CUT_SHORT, MISSING))
 
+    @property
+    def of_source(self) -> str:
+        """Which source's samples these are, in words; nothing where there is only one."""
+        return f" of the source {self.source}" if self.source else ""
+
     def by_reason(self) -> dict[str, int]:
-        """What was skipped and, with "filtered, " before the reason, what was filtered."""
-        return {**self.skipped, **{f"filtered, {reason}": count for reason, count in self.filtered.items()}}
+        """What was skipped and, with "filtered, " before the reason, what was filtered; with the source's name."""
+        name = f"{self.source}: " if self.source else ""
+        skipped = {f"{name}{reason}": count for reason, count in self.skipped.items()}
+        return skipped | {f"filtered, {name}{reason}": count for reason, count in self.filtered.items()}
 
     def filter(self, reason: str) -> None:
         """Counts one sample that a filter leaves out."""
@@ -96,11 +104,32 @@ class SampleCounts:
         elif self.seen >= _SEEN_BEFORE_JUDGING and self.num_lost > self.max_bad_share * self.seen:
             self._refuse()
 
+    def add(
+        self, seen: int, skipped: Mapping[str, int], filtered: Mapping[str, int], *, shard: str | None = None
+    ) -> None:
+        """Counts what was counted elsewhere, of a shard or of several, and judges it as if it had been here."""
+        self.seen += seen
+        for counted, more in ((self.skipped, skipped), (self.filtered, filtered)):
+            for reason, count in more.items():
+                counted[reason] = counted.get(reason, 0) + count
+        bad = sum(skipped.values())
+        if shard is not None and bad:
+            self.shards[shard] = self.shards.get(shard, 0) + bad
+        if not bad or self.seen < _SEEN_BEFORE_JUDGING:
+            return
+        allowed = self.max_bad_share * self.seen
+        lost_of = self.seen if self.dataset_samples is None else self.dataset_samples
+        if (
+            self.num_skipped - self.num_lost > allowed + 3 * math.sqrt(allowed)
+            or self.num_lost > self.max_bad_share * lost_of
+        ):
+            self._refuse()
+
     def finish(self) -> None:
         """Judges a whole pass, without room for chance."""
         if self.seen and sum(self.filtered.values()) + self.num_skipped >= self.seen and self.filtered:
             raise DataError(
-                f"The filters leave nothing of {self.seen} samples: "
+                f"The filters leave nothing of {self.seen} samples{self.of_source}: "
                 + ", ".join(f"{count} × {reason}" for reason, count in sorted(self.by_reason().items()))
                 + ". Look at data.filters, and at a sample's .json for the names of its fields"
             )
@@ -130,9 +159,9 @@ class SampleCounts:
         worst = sorted(self.shards, key=lambda shard: -self.shards[shard])
         more = f" and {len(worst) - 5} more shards" if len(worst) > 5 else ""
         raise DataError(
-            f"Too many samples cannot be used: {self.num_skipped} of the {self.seen} seen so far, where max_bad_share "
-            f"allows {self.max_bad_share:g}: {reasons}; in {', '.join(worst[:5])}{more}. Mend or remove these shards, "
-            "or raise max_bad_share."
+            f"Too many samples{self.of_source} cannot be used: {self.num_skipped} of the {self.seen} seen so far, "
+            f"where max_bad_share allows {self.max_bad_share:g}: {reasons}; in {', '.join(worst[:5])}{more}. Mend or "
+            "remove these shards, or raise max_bad_share."
         )
 
 

@@ -2,20 +2,22 @@
 
 Every global batch holds ``global_batch_size / num_streams`` samples of each canonical stream (`order.py`). The state
 after a batch is, for each stream, its position [epoch, block, place], where place counts the samples *attempted* in
-that block: a broken sample takes a place too, so skipping one shifts nothing.
+that block: a broken sample takes a place too, so skipping one shifts nothing. Where there are several sources, it is
+such a position in each of them, and the rows drawn of it (`mixed_stream.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fewstep.data.canonical import ShardOrder
+from fewstep.data.mixed_stream import MixedOrder, StreamState
+from fewstep.data.mixture import MixedShards
 from fewstep.data.order import check_streams, own_streams
 from fewstep.data.part import Part, PartBatch, PartReader, join_batches
 from fewstep.data.processes import Batches, InProcesses, OnAThread
@@ -30,13 +32,15 @@ class Batch:
     """The samples of one worker for one update.
 
     data: tensors on the CPU, stacked on dim 0, or lists; rows: the number of each sample within the global batch;
-    state: the position after this batch (JSON-able); counts: samples skipped so far, by reason.
+    state: the position after this batch (JSON-able); counts: samples skipped so far, by reason; drawn: rows so far of
+    each source, since the training began, where there are several.
     """
 
     data: dict[str, Any]
     rows: list[int]
     state: dict[str, Any]
     counts: dict[str, int]
+    drawn: dict[str, int] = field(default_factory=dict)
 
 
 class BatchSource(Protocol):
@@ -61,7 +65,8 @@ class StreamSettings(BaseModel):
     shuffle_bytes: int = Field(
         64 * 2**20,
         ge=1,
-        description="Bytes of pieces whose samples are shuffled together; each stream holds up to twice as many.",
+        description="Bytes of pieces whose samples are shuffled together; each stream holds up to twice as many. "
+        "Several sources share them by their weights, at least one piece each.",
     )
     connections: int = Field(4, ge=1, le=16, description="Pieces that each loading process reads at once.")
     loader_processes: int = Field(
@@ -83,12 +88,12 @@ class ShardStream:
     thread or the processes. Errors there are raised where the batch would have come.
 
     Args:
-        shards: all shards of the data set, the same on every worker.
+        shards: all shards of the data set, or of every source of a mixture; the same on every worker.
         storage: where they lie.
         decode: a sample (``{"__key__": str, extension: bytes}``) to named values, BadSampleError for one that cannot be
             used. It runs on a thread; with loader_processes it must pickle.
         settings: see there. The world size must divide num_streams, num_streams must divide global_batch_size, and
-            there must be at least as many shards as streams.
+            there must be at least as many shards as streams, in every source.
         global_batch_size: samples of all workers together.
         seed: of the order.
         rank, world_size: which of how many workers this is.
@@ -99,7 +104,7 @@ class ShardStream:
 
     def __init__(
         self,
-        shards: ShardIndex | Sequence[Shard],
+        shards: ShardIndex | Sequence[Shard] | MixedShards,
         *,
         storage: Storage,
         decode: Decode,
@@ -109,10 +114,12 @@ class ShardStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        shards = tuple(shards.shards if isinstance(shards, ShardIndex) else shards)
-        check_streams(
-            len(shards), num_streams=settings.num_streams, global_batch_size=global_batch_size, world_size=world_size
-        )
+        self._mixed = mixed = shards if isinstance(shards, MixedShards) else MixedShards.of(shards)
+        for name, of_source in zip(mixed.names, mixed.shards, strict=True):
+            check_streams(
+                len(of_source), num_streams=settings.num_streams, global_batch_size=global_batch_size,
+                world_size=world_size, source=name,
+            )  # fmt: skip
         if not 0 <= rank < world_size:
             raise DataError(f"rank is {rank}: it must be from 0 to {world_size - 1}.")
         own = own_streams(settings.num_streams, rank=rank, world_size=world_size)
@@ -124,8 +131,8 @@ class ShardStream:
             )
         self._settings = settings
         self._reader = PartReader(
-            order=ShardOrder(
-                shards, num_streams=settings.num_streams, seed=seed, piece_bytes=settings.piece_bytes,
+            order=MixedOrder(
+                mixed, num_streams=settings.num_streams, seed=seed, piece_bytes=settings.piece_bytes,
                 shuffle_bytes=settings.shuffle_bytes,
             ),
             storage=storage,
@@ -135,12 +142,17 @@ class ShardStream:
             cache_bytes=settings.cache_bytes // max(1, settings.loader_processes),
             disk_cache=(settings.disk_cache, settings.disk_cache_bytes) if settings.disk_cache is not None else None,
         )  # fmt: skip
-        known = known_samples(shards)
+        known = [known_samples(of_source) for of_source in mixed.shards]
         self._parts = [
             Part(
-                positions=dict.fromkeys(streams, (0, 0, 0)),
-                # Each part judges by its own share of the data set.
-                counts=SampleCounts(settings.max_bad_share, known and known * len(streams) // settings.num_streams),
+                dict.fromkeys(streams, StreamState.begin(len(mixed.names))),
+                # Each part judges by its own share of the data set, and each source by itself.
+                tuple(
+                    SampleCounts(
+                        settings.max_bad_share, count and count * len(streams) // settings.num_streams, source=name
+                    )
+                    for name, count in zip(mixed.names, known, strict=True)
+                ),
             )
             for streams in _share(own, max(1, settings.loader_processes))
         ]
@@ -150,10 +162,17 @@ class ShardStream:
         """Go to a `Batch.state`, one worker's or the union of all workers'; it takes what is its own.
 
         Raises:
-            CheckpointError: the state is not of this number of streams.
+            CheckpointError: the state is not of this number of streams, or of other sources or weights.
         """
         self.close()
-        own = [stream for part in self._parts for stream in part.positions]
+        found, wanted = state.get("sources"), self._mixed.sources_to_json()
+        if found != wanted:
+            # What these would have drawn until now is not what was drawn.
+            raise CheckpointError(
+                f"The data state is of {_in_words(found)}, and this run has {_in_words(wanted)}. Sources and weights "
+                "must stay as they were when the checkpoint was written; a training with others begins anew."
+            )
+        own = [stream for part in self._parts for stream in part.streams]
         num_streams = self._settings.num_streams
         streams: Mapping[str, Sequence[int]] = state.get("streams", {})
         missing = [stream for stream in own if str(stream) not in streams]
@@ -164,14 +183,10 @@ class ShardStream:
                 f"{own} here. num_streams must stay as it was when the checkpoint was written."
             )
         for part in self._parts:
-            for stream in part.positions:
-                place = tuple(map(int, streams[str(stream)]))
-                if len(place) != 3:
-                    raise CheckpointError(
-                        f"The data state of stream {stream} is {list(place)} and not [epoch, block, place]: it was "
-                        "written by fewstep before shards were read in pieces. Start the training again."
-                    )
-                part.positions[stream] = place
+            part.streams = {
+                stream: StreamState.from_json(streams[str(stream)], stream=stream, num_sources=len(self._mixed.names))
+                for stream in part.streams
+            }
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
@@ -185,7 +200,7 @@ class ShardStream:
         try:
             for parts in batches:
                 self._parts = [made.after for made in parts]
-                yield _whole_batch(parts)
+                yield self._whole_batch(parts)
         finally:
             batches.close()
 
@@ -194,6 +209,24 @@ class ShardStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+    def _whole_batch(self, parts: Sequence[PartBatch]) -> Batch:
+        states = {stream: state for part in parts for stream, state in part.after.streams.items()}
+        sources = self._mixed.sources_to_json()
+        skipped: dict[str, int] = {}
+        for part in parts:
+            for counts in part.after.counts:
+                for reason, count in counts.by_reason().items():
+                    skipped[reason] = skipped.get(reason, 0) + count
+        drawn = [sum(each) for each in zip(*(state.drawn for state in states.values()), strict=True)]
+        streams = {str(stream): state.to_json() for stream, state in states.items()}
+        return Batch(
+            data=join_batches([part.data for part in parts]),
+            rows=[row for part in parts for row in part.rows],
+            state={"streams": streams} | ({} if sources is None else {"sources": sources}),
+            counts=skipped,
+            drawn={} if sources is None else dict(zip(self._mixed.names, drawn, strict=True)),
+        )
 
     def __enter__(self) -> ShardStream:
         return self
@@ -209,16 +242,7 @@ def _share(streams: Sequence[int], count: int) -> list[Sequence[int]]:
     return [streams[len(streams) * n // count : len(streams) * (n + 1) // count] for n in range(count)]
 
 
-def _whole_batch(parts: Sequence[PartBatch]) -> Batch:
-    skipped: dict[str, int] = {}
-    streams: dict[str, list[int]] = {}
-    for part in parts:
-        streams |= {str(stream): list(position) for stream, position in part.after.positions.items()}
-        for reason, count in part.after.counts.by_reason().items():
-            skipped[reason] = skipped.get(reason, 0) + count
-    return Batch(
-        data=join_batches([part.data for part in parts]),
-        rows=[row for part in parts for row in part.rows],
-        state={"streams": streams},
-        counts=skipped,
-    )
+def _in_words(sources: list[list[Any]] | None) -> str:
+    if sources is None:
+        return "a single source"
+    return "the sources " + ", ".join(f"{name} (share {share})" for name, share in sources)

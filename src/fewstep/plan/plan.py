@@ -33,6 +33,8 @@ class Step:
         read_bytes: from the store.
         written_bytes: to the store, checkpoints that are deleted later included.
         stored_bytes: what stays there.
+        sample_bytes: of one that is read.
+        reads_pictures: whether it decodes pictures, and does not read latents.
         checkpoint_bytes: what its checkpoints take there while it runs.
         memory: of one GPU.
         switches: settings with which a training fits; empty where it fits, or where nothing tried would.
@@ -50,6 +52,8 @@ class Step:
     written_bytes: int
     stored_bytes: int
     memory: Memory
+    sample_bytes: int = 0
+    reads_pictures: bool = False
     checkpoint_bytes: int = 0
     switches: tuple[Switches, ...] = ()
     batch_key: str = ""
@@ -212,8 +216,8 @@ def _training_samples(
 ) -> tuple[int, str]:
     if given is not None:
         return given, "--samples"
-    prepared = recipe.prepare or recipe.prepare_classes
-    if prepared is not None and recipe.data.train is None:
+    prepared = recipe.prepare or recipe.prepare_classes or recipe.prepare_metadata
+    if prepared is not None and prepared.num_train is not None and recipe.data.train is None:
         return prepared.num_train, "prepare.num_train"
     if shape.num_train is not None:
         return shape.num_train, "the data set's"
@@ -268,6 +272,8 @@ class _Planner:
             read_bytes=self._read(samples, self.sample_bytes.read(training.reads)),
             written_bytes=checkpoint_bytes(training) * checkpoints_written(training) + exported,
             stored_bytes=exported + (kept if settings.keep_checkpoints_when_done else 0),
+            sample_bytes=self.sample_bytes.read(training.reads),
+            reads_pictures=training.reads == "pictures",
             checkpoint_bytes=kept,
             memory=memory,
             switches=tuple(switches),
@@ -288,6 +294,8 @@ class _Planner:
             num_gpus=1,
             gpu_seconds=samples * flops / self._speed(bfloat16=False),
             read_bytes=samples * self.sample_bytes.picture,
+            sample_bytes=self.sample_bytes.picture,
+            reads_pictures=True,
             written_bytes=samples * stored if encodes else 0,
             stored_bytes=samples * stored if encodes else 0,
             memory=memory_of_passes(passes),

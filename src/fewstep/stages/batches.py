@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fewstep.data.latents import decode_latents
+from fewstep.data.mixture import Shards, list_shards
 from fewstep.data.pictures import decode_class_picture, decode_picture
 from fewstep.data.samples import NO_RULES, SampleRules, with_rules
-from fewstep.data.shards import read_index
 from fewstep.data.source import Decode
 from fewstep.data.stream import ShardStream, StreamSettings
+from fewstep.distill import joint_tokenizers
+from fewstep.distill.tokens import conditions_without_text
 from fewstep.models import Parts
 from fewstep.storage import Storage
 from fewstep.tracking.fetch import fetch_model
+from fewstep.tracking.settings import TrackingSettings
 
 
 @dataclass(frozen=True)
@@ -26,23 +30,52 @@ class SampleFormat:
 
     Attributes:
         kind: "latents" (latent shards) or "class_pictures" (picture shards with .cls).
-        options: keyword arguments of the decoder.
+        options: keyword arguments of the decoder; or, of latents without text, "tokenizers": part of the condition ->
+            (MODEL, sub-folder of its tokenizer).
     """
 
     kind: str
     options: dict[str, Any]
 
-    def decoder(self) -> Decode:
-        """Return the function from a webdataset sample to a training sample."""
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether samples have token ids of their captions, and no text embeddings."""
+        return _TOKENIZERS in self.options
+
+    def decoder(self, *, fetch: Callable[[str], Path] = fetch_model) -> Decode:
+        """Return the function from a webdataset sample to a training sample.
+
+        Args:
+            fetch: from a MODEL to its folder, for the tokenizers of samples with token ids.
+        """
         decode: dict[str, Callable[..., dict[str, Any]]] = {
             "latents": decode_latents,
             "class_pictures": decode_class_picture,
         }
-        return partial(decode[self.kind], **self.options)
+        options = dict(self.options)
+        if self.has_token_ids:
+            options["token_ids"] = {
+                name: _Tokenize(str(fetch(uri) / folder)) for name, (uri, folder) in options.pop(_TOKENIZERS).items()
+            }
+        return partial(decode[self.kind], **options)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
         return {"kind": self.kind, "options": self.options}
+
+
+_TOKENIZERS = "tokenizers"
+
+
+def format_without_text(parts: Parts, teacher: str) -> SampleFormat:
+    """Return how training samples are read whose shards hold no text embeddings.
+
+    Args:
+        parts: the model.
+        teacher: its MODEL, whose tokenizers are used.
+    """
+    tokenizers = {name: [teacher, folder] for name, folder in joint_tokenizers(parts).items()}
+    return SampleFormat("latents", {"condition_names": list(conditions_without_text(parts)), _TOKENIZERS: tokenizers})
 
 
 def format_of(parts: Parts) -> SampleFormat:
@@ -74,8 +107,16 @@ def picture_options(parts: Parts) -> dict[str, Any]:
     }
 
 
+def format_batches(
+    shards: Shards, *, samples: SampleFormat, storage: Storage, tracking: TrackingSettings, **more: Any
+) -> ShardStream:
+    """Return batches of the samples of shards, or of a mixture, read as their format says; see `sample_batches`."""
+    decode = samples.decoder(fetch=partial(fetch_model, storage=storage, tracking=tracking))
+    return sample_batches(shards, decode=decode, storage=storage, **more)
+
+
 def sample_batches(
-    shards: str,
+    shards: Shards,
     *,
     decode: Decode,
     storage: Storage,
@@ -85,9 +126,9 @@ def sample_batches(
     rank: int,
     world_size: int,
 ) -> ShardStream:
-    """Return batches of what `decode` makes of the samples of shards."""
+    """Return batches of what `decode` makes of the samples of shards, or of a mixture."""
     return ShardStream(
-        read_index(shards, storage=storage),
+        list_shards(shards, storage=storage),
         storage=storage,
         decode=decode,
         global_batch_size=global_batch_size,
@@ -98,14 +139,14 @@ def sample_batches(
     )
 
 
-def picture_batches(shards: str, *, resolution: int, rules: SampleRules, **more: Any) -> ShardStream:
+def picture_batches(shards: Shards, *, resolution: int, rules: SampleRules, **more: Any) -> ShardStream:
     """Return batches of pixels (uint8) and captions from picture shards."""
     decode = with_rules(partial(decode_picture, resolution=resolution), rules)
     return sample_batches(shards, decode=decode, **more)
 
 
 def latent_batches(
-    shards: str,
+    shards: Shards,
     *,
     storage: Storage,
     tokenizers: Mapping[str, tuple[str, str]] | None = None,
@@ -115,7 +156,7 @@ def latent_batches(
     """Return batches from latent shards: text embeddings, or token ids when tokenizers are given.
 
     Args:
-        shards: URI of latent shards.
+        shards: URI of latent shards, or a mixture.
         storage: the store.
         tokenizers: part of the condition -> (URI of a model folder, sub-folder of its tokenizer).
         condition_names: with tokenizers: parts of the condition that are read from the shards beside the token ids.

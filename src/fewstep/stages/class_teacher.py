@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fewstep.data.classes import class_names as class_picture_names
 from fewstep.data.emoji import class_names as emoji_names
+from fewstep.data.mixture import Shards, iterate_mixture, list_shards
 from fewstep.data.pictures import decode_class_picture
-from fewstep.data.shards import read_index
-from fewstep.data.source import Decode, SampleCounts, iterate_samples
+from fewstep.data.source import Decode
 from fewstep.distill import DenoisingObjective
 from fewstep.errors import RecipeError
 from fewstep.models import COSINE_CONFIG, ClassParts, load_model
@@ -32,7 +32,8 @@ from fewstep.stages.autoencoder import (
 from fewstep.stages.batches import format_of, sample_batches
 from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.device import driver_device
-from fewstep.stages.encode import encode_shards
+from fewstep.stages.encode import encode_sources
+from fewstep.stages.encode_shards import Encoding
 from fewstep.stages.training import train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -58,6 +59,7 @@ def class_teacher(context: StageContext) -> dict[str, Any]:
     shards = context.shards("train")
     begin = join(uri, "begin")
     facts: dict[str, Any] = {}
+    data: Shards
     if not settings.in_latents:
         _store_fresh(context, settings, names, begin)
         data, decode = shards, format_of(load_model(fetch_model(begin, storage=context.storage))).decoder()
@@ -108,7 +110,7 @@ def _store_fresh(
     begin: str,
     *,
     vae_uri: str | None = None,
-    shards: str = "",
+    shards: Shards = "",
 ) -> None:
     """Store the teacher as it is before its training, so that all workers begin alike; in latents with its VAE."""
     if is_stored(begin, context.storage):
@@ -132,7 +134,9 @@ def _store_fresh(
         store_once(Path(folder), begin, context.storage)
 
 
-def _autoencoder(context: StageContext, settings: ClassTeacherStage, vae_uri: str | None, shards: str) -> AutoencoderKL:
+def _autoencoder(
+    context: StageContext, settings: ClassTeacherStage, vae_uri: str | None, shards: Shards
+) -> AutoencoderKL:
     if settings.vae is None:
         return scaled_autoencoder(context, str(vae_uri), _pixels(context, settings, shards))
     vae = named_autoencoder(context, settings.vae)
@@ -147,30 +151,33 @@ def _autoencoder(context: StageContext, settings: ClassTeacherStage, vae_uri: st
     return vae
 
 
-def _pixels(context: StageContext, settings: ClassTeacherStage, shards: str) -> Tensor:
+def _pixels(context: StageContext, settings: ClassTeacherStage, shards: Shards) -> Tensor:
     """Return some pictures, uint8 (B, C, H, W)."""
-    counts = SampleCounts(context.recipe.stream.max_bad_share)
-    index = read_index(shards, storage=context.storage)
-    samples = iterate_samples(index.shards, storage=context.storage, decode=_decoder(settings), counts=counts)
+    samples = iterate_mixture(
+        list_shards(shards, storage=context.storage),
+        storage=context.storage,
+        decode=_decoder(settings),
+        max_bad_share=context.recipe.stream.max_bad_share,
+    )
     return torch.stack([sample["pixels"] for sample in islice(samples, NUM_LATENT_SAMPLES)])
 
 
 def _encode(
-    context: StageContext, settings: ClassTeacherStage, begin: str, shards: str, target: str
-) -> tuple[str, Decode]:
+    context: StageContext, settings: ClassTeacherStage, begin: str, shards: Shards, target: str
+) -> tuple[Shards, Decode]:
     """Make the latents that the U-Net is trained on; return their address and how they are read."""
     recipe = context.recipe
     parts = load_model(fetch_model(begin, storage=context.storage)).to(driver_device(recipe.cluster))
-    encode_shards(
+    data = encode_sources(
         shards,
         target,
         parts=parts,
         storage=context.storage,
-        batch_size=recipe.encode.batch_size,
+        encoding=Encoding(batch_size=recipe.encode.batch_size, precision=recipe.encode.precision),
         max_bad_share=recipe.stream.max_bad_share,
         label="encode for the teacher",
     )
-    return target, format_of(parts).decoder()
+    return data, format_of(parts).decoder()
 
 
 def _objective(settings: ClassTeacherStage, begin: str, storage: Storage, device: torch.device) -> DenoisingObjective:

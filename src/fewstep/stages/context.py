@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.emoji.dataset import Split
+from fewstep.data.mixture import Mixture, Shards
 from fewstep.errors import FewstepError
 from fewstep.models import load_model
 from fewstep.recipe import Recipe, StageName
@@ -111,8 +113,8 @@ class StageContext:
             )
         return found
 
-    def shards(self, split: Split) -> str:
-        """Return the URI of the picture shards of a split: train, evaluate or alignment.
+    def shards(self, split: Split) -> Shards:
+        """Return the URI of the picture shards of a split, train, evaluate or alignment; for train perhaps a mixture.
 
         Raises:
             FewstepError: the recipe names none and has no prepare stage.
@@ -121,6 +123,8 @@ class StageContext:
             if "prepare" not in self.recipe.stages:
                 raise FewstepError(f"the recipe names no data.{split}: add the URI of webdataset shards under that key")
             self.artifact("prepare")  # it has run
+        if split == "train" and isinstance(self.recipe.data.train, tuple):
+            return Mixture(self.recipe.data.train)
         return shards_uri(self.recipe, self.storage, split)
 
     def teacher(self) -> str:
@@ -135,13 +139,19 @@ class StageContext:
         return self.artifact("convert" if "convert" in self.recipe.stages else "encode").facts
 
     def sample_format(self) -> SampleFormat:
-        """Return how the training samples are read."""
+        """Return how held-out samples are read."""
         return SampleFormat(**self.artifact("encode").facts["format"])
 
-    def latents(self, split: Literal["train", "evaluate"]) -> str:
-        """Return the URI of the shards that a network is trained on: the latents that the encode stage made of a split,
-        or for a model in pixels its pictures."""
-        return str(self.artifact("encode").facts[split]["uri"])
+    def training_format(self) -> SampleFormat:
+        """Return how the samples that networks are trained on are read: as `sample_format`, or with token ids where the
+        shards hold no text embeddings."""
+        facts = self.artifact("encode").facts
+        return SampleFormat(**facts.get("training_format", facts["format"]))
+
+    def latents(self, split: Literal["train", "evaluate"]) -> Shards:
+        """Return the URI of the shards that a network is trained on, or a mixture of such: the latents that the encode
+        stage made of a split, or for a model in pixels its pictures."""
+        return encoded_shards(self.recipe, self.artifact("encode").facts[split])
 
     def fetch(self, uri: str) -> Path:
         """Return a local folder of a MODEL."""
@@ -187,9 +197,18 @@ def is_stored(uri: str, storage: Storage) -> bool:
 def shards_uri(recipe: Recipe, storage: Storage, split: Split) -> str:
     """Return where the picture shards of a split lie: where the recipe says, or where prepare puts them."""
     named = getattr(recipe.data, split)
+    assert not isinstance(named, tuple), "a mixture has no one address"
     return (
         str(named) if named is not None else join(storage.root, "shards", split, split_fingerprint(recipe, split)[:16])
     )
+
+
+def encoded_shards(recipe: Recipe, facts: Mapping[str, Any]) -> Shards:
+    """Return where the encode stage, by its facts about a split, has put what a network is trained on."""
+    if "sources" not in facts:
+        return str(facts["uri"])
+    assert isinstance(recipe.data.train, tuple), "the fingerprint of encode has the sources"
+    return Mixture(recipe.data.train).at([source["uri"] for source in facts["sources"]])
 
 
 def stage_uri(recipe: Recipe, storage: Storage, stage: StageName) -> str:

@@ -16,10 +16,10 @@ from fewstep.distill.guidance import refuse_epsilon_without_signal
 from fewstep.errors import RecipeError
 from fewstep.models import Parts, copy_unet
 from fewstep.stage_settings import ConvertStage
-from fewstep.stages.batches import sample_batches
+from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext
 from fewstep.stages.fingerprints import convert_fingerprint, folder_digest
-from fewstep.stages.guidance import TeacherSource
+from fewstep.stages.teacher_source import TeacherSource, told_of
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob
@@ -41,12 +41,13 @@ def convert(context: StageContext) -> dict[str, Any]:
     job = TrainJob(
         name="convert",
         fingerprint=fingerprint,
-        objective=partial(_objective, settings, source),
+        objective=told_of(partial(_objective, settings, source), source, context.training_format()),
         batches=partial(
-            sample_batches,
+            format_batches,
             context.latents("train"),
-            decode=context.sample_format().decoder(),
+            samples=context.training_format(),
             storage=storage,
+            tracking=context.tracker.settings,
             stream=recipe.stream,
             global_batch_size=settings.train.global_batch_size,
             seed=recipe.seed,

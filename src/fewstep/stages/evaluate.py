@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data.emoji.dataset import Split
+from fewstep.data.mixture import iterate_mixture, list_shards
 from fewstep.data.pictures import decode_picture
 from fewstep.data.samples import with_rules
-from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import ModelError
 from fewstep.evaluate.alignment import AlignmentScorer
 from fewstep.evaluate.compare import Comparison, compare, row_specs
@@ -28,7 +27,7 @@ from fewstep.models import Denoiser, Parts, load_model, read_student_info
 from fewstep.recipe import Recipe
 from fewstep.stages.context import Artifact, StageContext, find_artifact, pin_teacher
 from fewstep.stages.device import driver_device
-from fewstep.stages.encode import mask_of
+from fewstep.stages.encode_shards import mask_of
 from fewstep.stages.evaluate_classes import evaluate_classes
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
@@ -198,10 +197,10 @@ _MAX_PICTURES = 10_000
 
 def _read(context: StageContext, split: Split, resolution: int) -> tuple[Tensor, list[str], list[str]]:
     """Return pictures, captions and keys of a split."""
-    shards = read_index(context.shards(split), storage=context.storage).shards
+    listed = list_shards(context.shards(split), storage=context.storage)
     decode = with_rules(partial(decode_picture, resolution=resolution), context.recipe.sample_rules)
-    counts = SampleCounts(context.recipe.stream.max_bad_share)
-    read = iterate_samples(shards, storage=context.storage, decode=decode, counts=counts)
+    bad = context.recipe.stream.max_bad_share
+    read = iterate_mixture(listed, storage=context.storage, decode=decode, max_bad_share=bad)
     samples = list(islice(read, _MAX_PICTURES))
     pixels = torch.stack([sample["pixels"] for sample in samples])
     return pixels, [sample["caption"] for sample in samples], [sample["key"] for sample in samples]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data.emoji.dataset import Split
+from fewstep.data.mixture import iterate_mixture, list_shards
 from fewstep.data.samples import NO_RULES
-from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion import CosineSchedule, RowRandom, ddim, stochastic
 from fewstep.diffusion.prediction import from_sample, to_sample
 from fewstep.diffusion.samplers import Model
@@ -120,12 +119,12 @@ def _classifier(context: StageContext, teacher: ClassModel) -> PictureClassifier
 
 
 def _pictures(context: StageContext, split: Split, teacher: ClassModel, count: int) -> tuple[Tensor, Tensor]:
-    index = read_index(context.shards(split), storage=context.storage)
-    counts = SampleCounts(context.recipe.stream.max_bad_share)
+    listed = list_shards(context.shards(split), storage=context.storage)
+    bad = context.recipe.stream.max_bad_share
     decode = picture_decoder(teacher, NO_RULES)
-    read = islice(iterate_samples(index.shards, storage=context.storage, decode=decode, counts=counts), count)
-    if index.num_samples is not None:
-        count = min(count, index.num_samples)
+    read = islice(iterate_mixture(listed, storage=context.storage, decode=decode, max_bad_share=bad), count)
+    if listed.num_samples is not None:
+        count = min(count, listed.num_samples)
     # In place: a list of them beside their stack would take twice the memory, some 24 GB at 256 px.
     pixels = torch.empty(count, teacher.picture_channels, teacher.resolution, teacher.resolution, dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)

@@ -9,6 +9,8 @@ from typing import Any
 
 from fewstep.data.classes import files_digest
 from fewstep.data.emoji.dataset import SPLITS, Split
+from fewstep.data.metadata.settings import ONLY_DOWNLOADING
+from fewstep.data.mixture import Mixture, named_shares
 from fewstep.distill.settings import LadderKind
 from fewstep.errors import DataError, FewstepError
 from fewstep.recipe import Recipe, StageName, digest
@@ -42,7 +44,7 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
             inputs["vae"] = _model(settings.vae)
     elif stage == "encode":
         data = [split_fingerprint(recipe, "train"), split_fingerprint(recipe, "evaluate")]
-        inputs |= {"settings": _dump(recipe.encode), "data": data, "teacher": _teacher(recipe)} | _rules(recipe)
+        inputs |= {"settings": _of_encode(recipe), "data": data, "teacher": _teacher(recipe)} | _rules(recipe)
     elif stage == "convert":
         inputs |= {"settings": _dump(recipe.convert), "encode": fingerprint(recipe, "encode"), "stream": stream}
     elif stage == "guidance":
@@ -94,7 +96,7 @@ def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: s
         teacher_digest: `folder_digest` of the teacher.
         masks: masks are drawn for the pictures, which depend on the recipe's seed.
     """
-    settings = _dump(recipe.encode)
+    settings = _of_encode(recipe)
     if not masks:
         del settings["masks"]
     inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
@@ -192,15 +194,30 @@ def rung_fingerprint(
     )
 
 
+def _of_encode(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of encode that its latents depend on; what came later only where it is not as before."""
+    settings: dict[str, Any] = _dump(recipe.encode)
+    del settings["encoders"]
+    for key, before in (("precision", "float32"), ("store_text", True)):
+        if settings[key] == before:
+            del settings[key]
+    return settings
+
+
 _BY_STEPS = ("start_times", "prediction_type")
 
 
 def _order(recipe: Recipe) -> dict[str, Any]:
-    return {
+    """Return what the order of the samples of a training depends on beside the shards."""
+    order: dict[str, Any] = {
         "num_streams": recipe.stream.num_streams,
         "piece_bytes": recipe.stream.piece_bytes,
         "shuffle_bytes": recipe.stream.shuffle_bytes,
     }
+    if isinstance(recipe.data.train, tuple):
+        mixture = Mixture(recipe.data.train)
+        order["sources"] = named_shares(mixture.names, mixture.shares)
+    return order
 
 
 def drawn_splits(recipe: Recipe) -> list[Split]:
@@ -211,9 +228,15 @@ def drawn_splits(recipe: Recipe) -> list[Split]:
 def split_fingerprint(recipe: Recipe, split: Split) -> str:
     """Return a digest of the shards of one split: how many samples the others have is no part of it."""
     named = getattr(recipe.data, split)
-    if named is not None or not (recipe.prepare or recipe.prepare_classes) or "prepare" not in recipe.stages:
+    if isinstance(named, tuple):
+        # Their weights are part of the trainings' order: the latents do not depend on them.
+        return digest({"sources": [[source.name, source.uri] for source in named]})
+    prepared = recipe.prepare or recipe.prepare_classes or recipe.prepare_metadata
+    if named is not None or prepared is None or "prepare" not in recipe.stages:
         return digest({"uri": named})
     others = {f"num_{other}" for other in SPLITS if other != split}
+    if recipe.prepare_metadata is not None and recipe.prepare_metadata.num_train is None:
+        others = set()  # training takes what the others leave
     return digest({"settings": _without(_source(recipe, split), others), "format": _FORMAT})
 
 
@@ -223,6 +246,8 @@ def _rules(recipe: Recipe) -> dict[str, Any]:
 
 def _source(recipe: Recipe, *splits: Split) -> dict[str, Any]:
     """Return what samples are drawn from: the settings, and files by their content, wherever they lie."""
+    if recipe.prepare_metadata is not None:
+        return _without(_dump(recipe.prepare_metadata), ONLY_DOWNLOADING)
     settings: dict[str, Any] = _dump(recipe.prepare or recipe.prepare_classes)
     if recipe.prepare_classes is None:
         return settings

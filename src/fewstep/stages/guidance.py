@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,24 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.data.mixture import iterate_mixture, list_shards
 from fewstep.data.part import stack_samples
-from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.distill import GuidanceObjective, GuidedError, guided_relative_error
 from fewstep.distill.ladders import check_ladders
 from fewstep.distill.settings import GuidanceSettings
 from fewstep.errors import RecipeError
-from fewstep.models import Parts, StudentInfo, load_model, save_student
+from fewstep.models import StudentInfo, load_model, save_student
 from fewstep.models.lora import check_peft, has_adapters, lora_student, merged, save_adapters
 from fewstep.recipe import Recipe
-from fewstep.stages.batches import sample_batches
+from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext
 from fewstep.stages.device import driver_device
 from fewstep.stages.fingerprints import guidance_fingerprint
-from fewstep.storage import Storage, join
+from fewstep.stages.teacher_source import TeacherSource, told_of
+from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
-from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.job import TrainJob
 from fewstep.train.run import finished_result, run_training
 
@@ -60,12 +58,13 @@ def guidance(context: StageContext) -> dict[str, Any]:
     job = TrainJob(
         name="guidance",
         fingerprint=info.fingerprint,
-        objective=partial(_objective, settings, teacher),
+        objective=told_of(partial(_objective, settings, teacher), teacher, context.training_format()),
         batches=partial(
-            sample_batches,
+            format_batches,
             context.latents("train"),
-            decode=context.sample_format().decoder(),
+            samples=context.training_format(),
             storage=storage,
+            tracking=context.tracker.settings,
             stream=recipe.stream,
             global_batch_size=settings.train.global_batch_size,
             seed=recipe.seed,
@@ -117,19 +116,6 @@ def check_lora(recipe: Recipe) -> None:
             f"alpha={then.alpha} (or their target_modules differ): the rungs go on from the adapters of stage one, so "
             "give both the same"
         )
-
-
-@dataclass(frozen=True)
-class TeacherSource:
-    """Where a worker, on whatever machine, gets the teacher from."""
-
-    uri: str
-    storage: Storage
-    tracking: TrackingSettings
-
-    def load(self) -> Parts:
-        """Return the teacher's parts, fetched if this machine does not have them."""
-        return load_model(fetch_model(self.uri, storage=self.storage, tracking=self.tracking))
 
 
 def export_student(
@@ -188,8 +174,7 @@ def _relative_errors(context: StageContext, student_uri: str) -> GuidedError:
 def held_out_samples(context: StageContext, count: int) -> list[dict[str, Any]]:
     """Return the first held-out samples, as a network is trained on them."""
     storage = context.storage
-    shards = read_index(context.latents("evaluate"), storage=storage).shards
-    # What cannot be used was counted when the latents were made.
-    counts = SampleCounts(max_bad_share=1.0)
+    listed = list_shards(context.latents("evaluate"), storage=storage)
     decode = context.sample_format().decoder()
-    return list(islice(iterate_samples(shards, storage=storage, decode=decode, counts=counts), count))
+    # What cannot be used was counted when the latents were made.
+    return list(islice(iterate_mixture(listed, storage=storage, decode=decode, max_bad_share=1.0), count))

@@ -12,6 +12,7 @@ from fewstep.data.emoji.dataset import Split
 from fewstep.data.shards import ShardIndex, read_index, write_metadata, write_shards
 from fewstep.stages.context import StageContext, shards_uri
 from fewstep.stages.fingerprints import drawn_splits
+from fewstep.stages.metadata import prepare_metadata
 from fewstep.stages.progress import Progress
 from fewstep.storage import join
 
@@ -22,6 +23,8 @@ def prepare(context: StageContext) -> dict[str, Any]:
     A split lies under its own address, so that more held-out scenes leave the training scenes as they are. One for
     which the recipe names shards of the user's own is not drawn: those are only read.
     """
+    if context.recipe.prepare_metadata is not None:
+        return prepare_metadata(context, context.recipe.prepare_metadata)
     settings = context.recipe.prepare or context.recipe.prepare_classes
     assert settings is not None
     facts: dict[str, Any] = {}

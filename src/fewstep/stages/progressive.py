@@ -12,11 +12,12 @@ from fewstep.distill.settings import LadderKind, ProgressiveSettings, student_ki
 from fewstep.errors import ModelError
 from fewstep.models import StudentInfo, load_model, read_student_info
 from fewstep.models.lora import LoraSettings, adapters_in, lora_student
-from fewstep.stages.batches import sample_batches
+from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext
 from fewstep.stages.fingerprints import guided_pair_fingerprint, rung_fingerprint
 from fewstep.stages.grids import picture_grid
-from fewstep.stages.guidance import TeacherSource, check_lora, export_student
+from fewstep.stages.guidance import check_lora, export_student
+from fewstep.stages.teacher_source import TeacherSource, told_of
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.lineage import lineage
@@ -95,12 +96,17 @@ def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[
         job = TrainJob(
             name=name,
             fingerprint=info.fingerprint,
-            objective=partial(_objective, settings, before["uri"], teacher_steps, info, storage, teacher),
+            objective=told_of(
+                partial(_objective, settings, before["uri"], teacher_steps, info, storage, teacher),
+                teacher,
+                context.training_format(),
+            ),
             batches=partial(
-                sample_batches,
+                format_batches,
                 context.latents("train"),
-                decode=context.sample_format().decoder(),
+                samples=context.training_format(),
                 storage=storage,
+                tracking=context.tracker.settings,
                 stream=recipe.stream,
                 global_batch_size=train.global_batch_size,
                 # Another order for each rung: the first samples are no more seen than the others.

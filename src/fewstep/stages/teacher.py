@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.mixture import Shards, iterate_mixture, list_shards
 from fewstep.data.pictures import decode_picture
 from fewstep.data.samples import with_rules
-from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.distill import (
     DenoisingObjective,
     joint_denoiser,
@@ -44,7 +44,7 @@ from fewstep.stages.class_teacher import class_teacher
 from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.convert import changed_config
 from fewstep.stages.device import driver_device
-from fewstep.stages.encode import encode_shards
+from fewstep.stages.encode import encode_sources, encoding_of
 from fewstep.stages.training import train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
@@ -78,17 +78,16 @@ def teacher(context: StageContext) -> dict[str, Any]:
         latents = join(autoencoder_uri(context), "latents")
     parts = load_model(fetch_model(begin, storage=context.storage)).to(driver_device(recipe.cluster))
     stored = stored_conditions(parts)
-    encode_shards(
+    data = encode_sources(
         shards,
         latents,
         parts=parts,
         storage=context.storage,
-        batch_size=recipe.encode.batch_size,
+        # Of a picture's own size and crop the networks are told when they are distilled; here it is as before.
+        encoding=replace(
+            encoding_of(recipe, masks=bool(stored)), condition_names=stored, crop="center", picture_sizes=False
+        ),
         max_bad_share=recipe.stream.max_bad_share,
-        rules=recipe.sample_rules,
-        condition_names=stored,
-        masks=recipe.encode.masks if stored else None,
-        seed=recipe.seed,
         label="encode for the teacher",
     )
     tokenizers = {name: (begin, folder) for name, folder in joint_tokenizers(parts).items()}
@@ -99,7 +98,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
         objective=partial(_denoising_objective, settings, begin, context.storage),
         batches=partial(
             latent_batches,
-            latents,
+            data,
             tokenizers=tokenizers,
             condition_names=stored,
         ),
@@ -136,7 +135,7 @@ def _store_init(context: StageContext, settings: TeacherStage, begin: str) -> No
 
 
 def _store_fresh(
-    context: StageContext, settings: TeacherStage, begin: str, shards: str, *, vae_uri: str | None = None
+    context: StageContext, settings: TeacherStage, begin: str, shards: Shards, *, vae_uri: str | None = None
 ) -> None:
     """Store the teacher as it is before its training: a trained VAE, its latents scaled to unit variance, or the one
     that `vae` names; the tokenizer learned from the captions; and fresh networks. Workers begin from this folder, so
@@ -146,12 +145,12 @@ def _store_fresh(
     named = None if settings.vae is None else named_autoencoder(context, settings.vae)
     # diffusers keeps the side of the pictures in the VAE's configuration.
     resolution = settings.autoencoder.resolution if named is None else named.config["sample_size"]
-    index = read_index(shards, storage=context.storage)
+    listed = list_shards(shards, storage=context.storage)
     captions: list[str] = []
     pixels: list[Tensor] = []
     decode = with_rules(partial(decode_picture, resolution=resolution), context.recipe.sample_rules)
-    counts = SampleCounts(context.recipe.stream.max_bad_share)
-    for sample in iterate_samples(index.shards, storage=context.storage, decode=decode, counts=counts):
+    bad = context.recipe.stream.max_bad_share
+    for sample in iterate_mixture(listed, storage=context.storage, decode=decode, max_bad_share=bad):
         captions.append(sample["caption"])
         if len(pixels) < NUM_LATENT_SAMPLES:
             pixels.append(sample["pixels"])

@@ -131,9 +131,11 @@ def train(job: TrainJob, host: Host) -> Trained:
             means["learning_rate"] = optimizer.param_groups[0]["lr"]
             if save_now:
                 finite.check_weights(parameters, done=done)
-                positions = host.gather((batch.state, batch.counts))
-                skipped = add_counts([skipped_before, *(counts for _, counts in positions)])
+                positions = host.gather((batch.state, batch.counts, batch.drawn))
+                skipped = add_counts([skipped_before, *(counts for _, counts, _ in positions)])
                 means |= {_figure_name(reason): float(count) for reason, count in skipped.items()}
+                drawn = add_counts([each for _, _, each in positions])
+                means |= {f"drawn/{source}": float(count) for source, count in drawn.items()}
                 on_rank_0 = host.rank == 0
                 state = TrainState(
                     fingerprint=job.fingerprint,
@@ -142,7 +144,7 @@ def train(job: TrainJob, host: Host) -> Trained:
                     network=gathered(network.state_dict(), keep=on_rank_0),
                     ema=gathered(ema.state_dict(), keep=on_rank_0) if ema is not None else None,
                     optimizer=gathered(optimizer.state_dict(), keep=on_rank_0),
-                    streams=merge_streams([state for state, _ in positions]),
+                    streams=merge_streams([state for state, _, _ in positions]),
                     skipped=skipped,
                     figures=means,
                     seconds=meters.seconds,

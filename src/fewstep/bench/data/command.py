@@ -20,6 +20,7 @@ from fewstep.plain_errors import plain_errors
 @click.option("--rounds", type=int, help="Turns of the readers; figures are medians.  [default: 5]")
 @click.option("--seconds", type=float, help="Of one reader in one turn.  [default: 8]")
 @click.option("--many-shards", type=int, help="Shards whose first batch is waited for.  [default: 10000]")
+@click.option("--metadata-rows", type=int, help="Rows of metadata that are chosen from.  [default: 400000]")
 @click.option("--stops", type=int, help="Random steps at which reading is resumed.  [default: 50]")
 @click.option("--streaming-python", help="Python of an environment with mosaicml-streaming, to measure that too.")
 @click.option("--memory-minutes", type=float, help="Of reading while memory is watched.  [default: 0, not measured]")

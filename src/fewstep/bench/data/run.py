@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fewstep.bench.data.checks import first_batch, memory, only, resume, shuffle_quality
 from fewstep.bench.data.faults import faults
 from fewstep.bench.data.measure import away_from_that_core, on_one_core, rates
+from fewstep.bench.data.metadata import metadata_costs, write_metadata
 from fewstep.bench.data.pictures import latent_samples, picture_samples
 from fewstep.bench.data.readers import (
     DataSet,
@@ -52,6 +53,7 @@ class DataBenchSettings(BaseModel):
     batch_size: int = Field(16, ge=8, multiple_of=8, description="samples of a batch")
     rounds: int = Field(5, ge=1, description="turns of the readers; figures are medians")
     seconds: float = Field(8.0, gt=0, description="of one reader in one turn")
+    metadata_rows: int = Field(400_000, ge=1000, description="rows of metadata that are made, and chosen from")
     many_shards: int = Field(10_000, ge=8, description="shards of the folder whose first batch is waited for")
     stops: int = Field(50, ge=1, description="random steps at which reading is stopped and resumed")
     streaming_python: str | None = Field(
@@ -93,6 +95,8 @@ def bench_data(settings: DataBenchSettings, *, command: str = "", say: Say = lam
         of_latents = DataSet(latents, storage, 0, settings.batch_size, stream)
 
         result["shuffle"] = shuffle_quality(StreamSettings())
+        table_uri = join(storage.root, "metadata.parquet")
+        table_bytes = write_metadata(settings.metadata_rows, table_uri, storage=storage)
         say(f"makes {settings.many_shards} shards …")
         _many(storage, settings, "many")
         say(f"{settings.stops} stops …")
@@ -105,6 +109,9 @@ def bench_data(settings: DataBenchSettings, *, command: str = "", say: Say = lam
         say("reads, one reader after the other …")
         found = on_one_core(_on_one_core, of_pictures, of_latents, join(storage.root, "many"), settings)
         result |= found
+        say("chooses rows of metadata …")
+        result["metadata"] = on_one_core(_metadata, table_uri, storage, settings.rounds)
+        result["metadata"]["row_bytes"] = table_bytes / settings.metadata_rows
         for name, index, count in (("pictures", pictures, settings.images), ("latents", latents, settings.latents)):
             result[name]["bytes"] = sum(shard.size_bytes for shard in index.shards) / count
     return result
@@ -157,6 +164,10 @@ def _on_one_core(pictures: DataSet, latents: DataSet, many: str, settings: DataB
     return result
 
 
+def _metadata(uri: str, storage: Storage, rounds: int) -> dict[str, Any]:
+    return metadata_costs(uri, join(storage.root, "scratch"), storage=storage, rounds=rounds)
+
+
 def _ratio(found: Mapping[str, list[float]], other: str) -> dict[str, Any]:
     by_round = [ours / theirs for ours, theirs in zip(found["fewstep"], found[other], strict=True)]
     return {"median": median(by_round), "by_round": by_round}
@@ -197,6 +208,13 @@ def table(result: Mapping[str, Any]) -> str:
         f"moved by {ours['moved']:.3f} of all (full: {full['moved']:.3f}); a batch of {mixed['batch_size']} comes from "
         f"{ours['shards_in_a_batch']:.0f} shards (full: {full['shards_in_a_batch']:.0f}); neighbours meet in "
         f"{ours['neighbours_in_a_batch']:.1%} of batches (full: {full['neighbours_in_a_batch']:.1%})",
+        "none set", None,
+    ))  # fmt: skip
+    chosen = result["metadata"]
+    rows.append((
+        f"rows of metadata chosen ({chosen['rows']:,}), CPU time on one core",
+        f"{1e6 * chosen['row_read_s']:.1f} µs a row that is read, {1e6 * chosen['row_kept_s']:.1f} µs one that passes "
+        f"the filters; {chosen['row_kept_bytes']:.0f} bytes kept for it in between",
         "none set", None,
     ))  # fmt: skip
     if "memory" in result:

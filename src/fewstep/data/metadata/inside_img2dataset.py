@@ -1,0 +1,73 @@
+"""What fewstep adds to the processes of img2dataset: a copy of this file is the sitecustomize of their interpreter.
+
+Three things that img2dataset has no options for, each of which would spoil a large run:
+
+- Its timeout is one of each read. A server that sends a byte now and then, or a picture without end (a camera on the
+  web), holds a thread for ever, and with it all that was downloaded. Answers are bounded in seconds and bytes.
+- It decodes so that a picture's orientation (EXIF) is ignored and then lost, and that all of a picture of 16 bits but
+  its darkest parts becomes white. Pictures are turned and scaled.
+- Its processes go on when the one that started them is killed. They end with it.
+
+This runs in another environment than fewstep, so it uses the standard library alone, and OpenCV where that is there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+_LOOK_EVERY_S = 1.0
+
+
+def bound_answers(*, seconds: float, max_bytes: int) -> None:
+    """Let reading an HTTP answer fail when it takes longer, or is larger, head and body together."""
+    readinto = socket.SocketIO.readinto
+
+    def bounded(self: Any, buffer: Any) -> int | None:
+        if not hasattr(self, "fewstep_deadline"):  # one object a connection, and one connection an answer
+            self.fewstep_deadline, self.fewstep_bytes = time.monotonic() + seconds, 0
+        if time.monotonic() > self.fewstep_deadline:
+            raise TimeoutError(f"fewstep: not complete after {seconds:g} s")
+        count = readinto(self, buffer)
+        self.fewstep_bytes += count or 0
+        if self.fewstep_bytes > max_bytes:
+            raise OSError(f"fewstep: larger than {max_bytes} bytes")
+        return count
+
+    socket.SocketIO.readinto = bounded  # type: ignore[method-assign,assignment]
+
+
+def decode_as_seen() -> None:
+    """Let OpenCV turn JPEGs as their EXIF says, and scale 16 bits to 8; it refuses what has other numbers."""
+    try:
+        import cv2
+    except ImportError:  # not a process that decodes
+        return
+    decode = cv2.imdecode
+
+    def imdecode(data: Any, flags: int) -> Any:
+        if bytes(data[:2]) == b"\xff\xd8":  # has neither transparency nor 16 bits, which the next flag would lose
+            return decode(data, cv2.IMREAD_ANYCOLOR)
+        picture = decode(data, flags)
+        if picture is not None and picture.dtype == "uint16":
+            return (picture // 257).astype("uint8")
+        return picture if picture is not None and picture.dtype == "uint8" else None
+
+    cv2.imdecode = imdecode
+
+
+def end_with(parent: int) -> None:
+    """Kill the whole process group when its first process is no longer a child of `parent`."""
+    if os.getpid() != os.getpgid(0):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="fewstep-parent", daemon=True).start()

@@ -1,0 +1,361 @@
+"""prepare, from metadata: rows of parquet tables are chosen, and their pictures downloaded into shards.
+
+Everything is done in pieces, each of which leaves a record when it is whole; a run that was killed does the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from fewstep.data.metadata.buckets import Span
+from fewstep.data.metadata.download import DownloadSettings, download
+from fewstep.data.metadata.img2dataset import find_command
+from fewstep.data.metadata.scan import SAME_CAPTION, SAME_URL, Counts, ParquetSource, reasons
+from fewstep.data.metadata.selection import (
+    DealtRows,
+    DistinctUrls,
+    Part,
+    SameCaptions,
+    deal_rows,
+    drop_same_captions,
+    drop_same_urls,
+    read_part,
+    take_rows,
+    takes_of,
+)
+from fewstep.data.metadata.settings import MetadataSettings
+from fewstep.data.shards import Shard, tar_of, write_index
+from fewstep.data.splits import Split
+from fewstep.errors import DataError
+from fewstep.recipe import digest
+from fewstep.stages.context import StageContext, shards_uri
+from fewstep.stages.fingerprints import drawn_splits
+from fewstep.stages.on_ray import run_tasks
+from fewstep.stages.progress import Progress
+from fewstep.storage import Storage, join
+from fewstep.train.settings import ClusterSettings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: A download of so many rows that brings not one picture tells of the network or of the settings, not of the pictures.
+_ROWS_THAT_CANNOT_ALL_FAIL = 100
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that were chosen.
+
+    Attributes:
+        counts: what became of all rows.
+        parts: tables of the rows, each for one shard.
+        source_digest: digest of names and content of the parquet files.
+    """
+
+    counts: Counts
+    parts: tuple[Part, ...]
+    source_digest: str
+
+
+@dataclass(frozen=True)
+class DownloadedPart:
+    """What became of a part; shard is None when none of its pictures could be had."""
+
+    shard: dict[str, Any] | None
+    attempted: int
+    failures: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DownloadedSplit:
+    """What became of the rows of a split, and the facts of its shards."""
+
+    attempted: int
+    failures: dict[str, int]
+    facts: dict[str, Any]
+
+
+def prepare_metadata(context: StageContext, settings: MetadataSettings) -> dict[str, Any]:
+    """Choose the rows of the splits for which the recipe names no shards, and download their pictures.
+
+    Returns address, digest and size of each split, and the counted report.
+    """
+    storage, cluster = context.storage, context.recipe.cluster
+    if cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        # Told before hours of choosing; on a cluster it lies on the machines of the workers, perhaps on those alone.
+        here = settings.download.model_copy(update={"command": str(find_command(settings.download.command))})
+        settings = settings.model_copy(update={"download": here})
+    splits = [split for split in drawn_splits(context.recipe) if settings.num_samples(split) != 0]
+    selection = select_rows(settings, splits=splits, storage=storage, cluster=cluster)
+    counts = selection.counts
+    report = report_of(settings, counts)
+    facts: dict[str, Any] = {"source_digest": selection.source_digest, "report": report}
+    for split in splits:
+        parts = [part for part in selection.parts if part.split == split]
+        uri = shards_uri(context.recipe, storage, split)
+        done = download_split(
+            parts, uri, settings=settings, storage=storage, cluster=cluster, label=f"download {split}"
+        )
+        facts[split] = done.facts
+        report["splits"][split] = {"attempted": done.attempted, "failures": done.failures}
+    for line in report_lines(report):
+        logger.info("%s", line)
+    figures: dict[str, float] = {"rows": counts.rows, "rows_not_read": counts.not_read, "rows_left": counts.left}
+    figures |= {f"removed/{_in_metrics(reason)}": count for reason, count in counts.removed.items()}
+    for split, each in report["splits"].items():
+        figures |= {f"{split}_attempted": each["attempted"], f"{split}_samples": facts[split]["num_samples"]}
+        figures |= {f"{split}_failed/{_in_metrics(reason)}": count for reason, count in each["failures"].items()}
+    context.run.log_metrics(figures)
+    context.run.set_tags({f"fewstep.{split}_digest": facts[split]["digest"] for split in splits})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        path.write_text(json.dumps(report, indent=1))
+        context.run.log_artifact(path)
+    return facts
+
+
+def select_rows(
+    settings: MetadataSettings, *, splits: Sequence[Split], storage: Storage, cluster: ClusterSettings
+) -> Selection:
+    """Choose the rows of the splits, and store them as parquet tables.
+
+    Raises:
+        DataError: the table lacks a column, or the filters and the duplicates leave fewer rows than are wanted.
+    """
+    source = ParquetSource(settings, storage)
+    paths = source.paths()
+    source_digest = digest(paths)
+    rules = settings.model_dump(
+        mode="json", exclude={"num_train", "num_evaluate", "num_alignment", "rows_per_shard", "download", "at_once"}
+    )
+    folder = join(storage.root, "metadata", digest([rules, source_digest])[:16])
+    units = source.units([path for path, _ in paths])
+    total = sum(unit.num_rows for unit in units)
+    num_buckets = max(1, -(-total // settings.rows_per_task))
+    run = partial(_phase, storage=storage, cluster=cluster)
+
+    deal = partial(deal_rows, num_buckets=num_buckets, storage=storage)
+    dealt = run(
+        DealtRows, "read metadata", join(folder, "rows"),
+        [partial(deal, source, unit, join(folder, "rows", f"{number:05d}")) for number, unit in enumerate(units)],
+    )  # fmt: skip
+    counts = Counts()
+    for each in dealt:
+        counts.add(each.counts)
+    if not counts.left:
+        raise DataError(_nothing_left(settings, counts))
+    rows = [[span for each in dealt if each.rows and (span := each.rows.span(b))] for b in range(num_buckets)]
+    digests = [[span for each in dealt if each.digests and (span := each.digests.span(b))] for b in range(num_buckets)]
+
+    urls = run(
+        DistinctUrls, "drop duplicate urls", join(folder, "urls"),
+        [
+            partial(drop_same_urls, digests[b], join(folder, "urls", f"{b:05d}.arrow"), num_buckets=num_buckets,
+                    storage=storage)
+            for b in range(num_buckets)
+        ],
+    )  # fmt: skip
+    counts.remove(SAME_URL, sum(each.num_same for each in urls))
+    left = [each.num_urls for each in urls]
+    lost: list[list[Span]] = [[] for _ in range(num_buckets)]
+    if settings.duplicate_captions != "keep":
+        captions = [
+            [span for each in urls if each.captions and (span := each.captions.span(b))] for b in range(num_buckets)
+        ]
+        same = run(
+            SameCaptions, "drop duplicate captions", join(folder, "captions"),
+            [
+                partial(drop_same_captions, captions[b], join(folder, "captions", f"{b:05d}.arrow"),
+                        num_buckets=num_buckets, storage=storage)
+                for b in range(num_buckets)
+            ],
+        )  # fmt: skip
+        counts.remove(SAME_CAPTION, sum(each.num_same for each in same))
+        for b in range(num_buckets):
+            left[b] -= sum(each.lost.rows[b] for each in same if each.lost)
+            lost[b] = [span for each in same if each.lost and (span := each.lost.span(b))]
+
+    sizes = {"num_train": settings.num_train, "num_evaluate": settings.num_evaluate,
+             "num_alignment": settings.num_alignment}  # fmt: skip
+    takes = takes_of(left, splits=splits, **sizes)  # type: ignore[arg-type]
+    drawn = join(folder, "drawn", digest([sizes, settings.rows_per_shard, splits])[:16])
+    parts = run(
+        list[Part], "draw rows", drawn,
+        [
+            partial(take_rows, b, rows[b], lost[b], takes[b], drawn, rows_per_shard=settings.rows_per_shard,
+                    storage=storage)
+            for b in range(num_buckets) if takes[b]
+        ],
+    )  # fmt: skip
+    return Selection(counts, tuple(part for each in parts for part in each), source_digest)
+
+
+def download_split(
+    parts: Sequence[Part],
+    target: str,
+    *,
+    settings: MetadataSettings,
+    storage: Storage,
+    cluster: ClusterSettings,
+    label: str,
+) -> DownloadedSplit:
+    """Download the pictures of the parts of a split into shards below `target`, and write their index.
+
+    Raises:
+        DataError: img2dataset is not installed or dies, or no picture could be had.
+    """
+    uris = [join(target, "records", f"{part.name}.json") for part in parts]
+    there = {info.uri for info in storage.list(join(target, "records"))}
+    found: dict[int, DownloadedPart] = {
+        number: _load(DownloadedPart, uri, storage) for number, uri in enumerate(uris) if uri in there
+    }
+    missing = [number for number in range(len(parts)) if number not in found]
+    done = sum(parts[number].num_rows for number in found)
+    with Progress(label, sum(part.num_rows for part in parts), "pictures", done=done) as progress:
+        tasks = [(parts[number], target, uris[number], settings.download, storage) for number in missing]
+        for number, result in run_tasks(
+            _download_part, tasks, cluster=cluster, what=label, num_cpus=settings.download.processes,
+            at_most=settings.at_once,
+        ):  # fmt: skip
+            found[missing[number]] = result
+            progress.advance(result.attempted)
+    failures: dict[str, int] = {}
+    for each in found.values():
+        for reason, count in each.failures.items():
+            failures[reason] = failures.get(reason, 0) + count
+    shards = [
+        Shard(
+            join(target, each.shard["name"]), each.shard["num_samples"], each.shard["size_bytes"], each.shard["sha256"]
+        )
+        for each in (found[number] for number in range(len(parts)))
+        if each.shard is not None
+    ]
+    attempted = sum(each.attempted for each in found.values())
+    if not shards:
+        raise DataError(_nothing_came(attempted, failures))
+    index = write_index(shards, target, storage=storage)
+    facts = {
+        "uri": target, "digest": index.digest, "num_samples": index.num_samples, "num_shards": len(index.shards),
+    }  # fmt: skip
+    return DownloadedSplit(attempted, failures, facts)
+
+
+def report_of(settings: MetadataSettings, counts: Counts) -> dict[str, Any]:
+    """Return the counted report of a selection, JSON; its splits are those that were downloaded, so none yet."""
+    order = [*reasons(settings), SAME_URL, SAME_CAPTION]
+    return {
+        "rows": counts.rows,
+        "not_read": counts.not_read,
+        # A list, for the order of the filters: where JSON is written here, names are sorted.
+        "removed": sorted(map(list, counts.removed.items()), key=lambda each: order.index(each[0])),
+        "left": counts.left,
+        "splits": {},
+    }
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Return the counted report of a preparation as lines of text: what `Counts` and the splits have in the facts."""
+    rows = report["rows"]
+    lines = [f"{rows:>15,}  rows, {report['not_read']:,} of them excluded by the statistics of their row group"]
+    lines += [f"{-count:>15,}  {reason}" for reason, count in report["removed"]]
+    lines.append(f"{report['left']:>15,}  left")
+    for split, each in report["splits"].items():
+        lines.append(f"{each['attempted']:>15,}  drawn, {split}")
+        lines += [f"{-count:>15,}    {reason}" for reason, count in sorted(each["failures"].items())]
+        lines.append(f"{each['attempted'] - sum(each['failures'].values()):>15,}    pictures")
+    return lines
+
+
+def _phase(
+    type_: type[T],
+    what: str,
+    folder: str,
+    calls: Sequence[Callable[[], T]],
+    *,
+    storage: Storage,
+    cluster: ClusterSettings,
+) -> list[T]:
+    """Return the results of the calls, each done as a task unless its record is there."""
+    uris = [join(folder, "records", f"{number:05d}.json") for number in range(len(calls))]
+    there = {info.uri for info in storage.list(join(folder, "records"))}
+    missing = [number for number, uri in enumerate(uris) if uri not in there]
+    with Progress(what, len(calls), "tasks", done=len(calls) - len(missing)) as progress:
+        tasks = [(calls[number], uris[number], storage) for number in missing]
+        for _ in run_tasks(_recorded, tasks, cluster=cluster, what=what):
+            progress.advance()
+    return [_load(type_, uri, storage) for uri in uris]
+
+
+def _recorded(call: Callable[[], Any], uri: str, storage: Storage) -> None:
+    result = call()
+    storage.write_json(uri, [asdict(each) for each in result] if isinstance(result, list) else asdict(result))
+
+
+def _load(type_: type[T], uri: str, storage: Storage) -> T:
+    return TypeAdapter(type_).validate_python(storage.read_json(uri))
+
+
+def _download_part(
+    part: Part, target: str, record_uri: str, settings: DownloadSettings, storage: Storage
+) -> DownloadedPart:
+    rows = read_part(part.uri, storage=storage)
+    with tempfile.TemporaryDirectory(prefix="fewstep-download-") as folder:
+        fetched = download(rows, Path(folder), settings=settings)
+        if not fetched.succeeded and fetched.attempted >= _ROWS_THAT_CANNOT_ALL_FAIL:
+            raise DataError(_nothing_came(fetched.attempted, fetched.failures))
+        shard: dict[str, Any] | None = None
+        if fetched.succeeded:
+            data = tar_of(fetched.samples())
+            sha256 = hashlib.sha256(data).hexdigest()
+            # What the web gives differs from try to try: with its digest in its name, a shard that a second task of the
+            # same part writes is another one, and the record says which of the two counts.
+            name = f"{part.name}-{sha256[:8]}.tar"
+            storage.write_bytes(join(target, name), data)
+            shard = {
+                "name": name, "num_samples": fetched.succeeded, "size_bytes": len(data), "sha256": sha256
+            }  # fmt: skip
+    result = DownloadedPart(shard, fetched.attempted, fetched.failures, fetched.seconds)
+    if not storage.write_bytes(record_uri, json.dumps(asdict(result)).encode(), if_absent=True):
+        first = _load(DownloadedPart, record_uri, storage)
+        if shard is not None and (first.shard is None or first.shard["name"] != shard["name"]):
+            storage.delete(join(target, shard["name"]))
+        return first
+    return result
+
+
+def _in_metrics(reason: str) -> str:
+    """Return a reason with what MLflow does not allow in the name of a metric replaced."""
+    return re.sub(r"[^A-Za-z0-9_.:/ -]", "_", reason)[:200]
+
+
+def _nothing_left(settings: MetadataSettings, counts: Counts) -> str:
+    removed = "; ".join(f"{count} × {reason}" for reason, count in counts.removed.items() if count)
+    seen = "; ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in counts.values.items())
+    return (
+        f"prepare_metadata: nothing is left of the {counts.rows} rows in {settings.source}: {removed or 'it is empty'}"
+        ". "
+        + (f"Values before each filter: {seen}. " if seen else "")
+        + "Look at the filters and columns; a share may be meant where the column has per cent, or the other way round"
+    )
+
+
+def _nothing_came(attempted: int, failures: dict[str, int]) -> str:
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(failures.items(), key=lambda each: -each[1]))
+    return (
+        f"prepare_metadata: of {attempted} pictures not one could be had: {reasons}. Can this machine reach the "
+        "addresses, by a proxy perhaps (HTTPS_PROXY)? Do the limits in prepare_metadata.download leave any picture?"
+    )

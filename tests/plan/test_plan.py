@@ -98,11 +98,27 @@ def test_sources_that_are_mixed_are_planned_as_one_data_set() -> None:
     assert "stage one" in render(mixed)
 
 
-def test_workers_share_the_time_and_not_the_encoding() -> None:
+def test_workers_share_the_time_of_trainings_and_of_encoding() -> None:
     alone, four = plan_recipe(recipe_of()), plan_recipe(recipe_of(), num_workers=4)
     assert four.gpu_hours == pytest.approx(alone.gpu_hours)
     assert four.steps[1].seconds == pytest.approx(alone.steps[1].seconds / 4)
-    assert four.steps[0].seconds == alone.steps[0].seconds
+    assert four.steps[0].seconds == pytest.approx(alone.steps[0].seconds / 4)
+    here = plan_recipe(recipe_of(encode={"encoders": 1}), num_workers=4)
+    assert here.steps[0].seconds == alone.steps[0].seconds
+
+
+def test_latents_without_text_are_smaller_and_cost_the_text_encoder() -> None:
+    with_text, without = plan_recipe(recipe_of()), plan_recipe(recipe_of(encode={"store_text": False}))
+    each = sample_bytes(SHAPE)
+    assert each.latents_alone == each.latents_without_text < each.latents
+    for first, second in zip(with_text.trainings, without.trainings, strict=True):
+        assert second.sample_bytes == each.latents_without_text
+        text = forward_pass(Network.of(SHAPE, "text_encoders"), bfloat16=False).flops
+        assert second.flops == first.flops + text
+        assert second.memory.frozen == first.memory.frozen + 4 * sizes(Network.of(SHAPE, "text_encoders")).weights
+    assert without.steps[0].stored_bytes == without.num_samples * each.latents_without_text
+    faster = plan_recipe(recipe_of(encode={"precision": "bfloat16"}))
+    assert faster.steps[0].seconds < with_text.steps[0].seconds
 
 
 @pytest.mark.parametrize(

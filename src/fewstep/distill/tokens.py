@@ -16,7 +16,7 @@ from fewstep.models.latent import ClipParts
 from fewstep.models.sdxl import embed_tokens
 
 #: Parts of the condition that are made of the caption.
-_OF_THE_CAPTION = ("text", "pooled")
+OF_THE_CAPTION = ("text", "pooled")
 
 
 class TextEncoders(nn.Module):
@@ -78,4 +78,4 @@ class FromTokens:
 
 def conditions_without_text(parts: Parts) -> tuple[str, ...]:
     """Return the parts of the condition that are not made of the caption, which shards hold in any case."""
-    return tuple(name for name in parts.denoiser().condition_names if name not in _OF_THE_CAPTION)
+    return tuple(name for name in parts.denoiser().condition_names if name not in OF_THE_CAPTION)

@@ -171,7 +171,7 @@ def _plan_data(
     own = streams // workers
     processes = max(1, settings.loader_processes)
     batch = max((step.samples / (step.updates or 1) for step in plan.trainings), default=0) / workers
-    per_sample = bytes_.latents or bytes_.picture
+    per_sample = max((step.sample_bytes for step in plan.trainings), default=0)
     worker = (
         own * 2 * (settings.shuffle_bytes + settings.piece_bytes)
         + processes * settings.connections * settings.piece_bytes

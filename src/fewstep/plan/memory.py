@@ -125,6 +125,8 @@ def memory_of(training: Training, settings: TrainSettings, shape: Shape, *, num_
         if sharded and settings.shard_frozen:
             frozen //= num_workers
             gathered = max(gathered, _gathered(teacher, with_gradients=False) * each // 4)
+    if training.text is not None:
+        frozen += (2 if settings.frozen_dtype == "bfloat16" else 4) * sizes(training.text).weights
     averaged = 0 if settings.ema_decay is None else 4 * trained // share
     on_host = settings.ema_device == "cpu"
     activations = _activations(training, settings, at_once)

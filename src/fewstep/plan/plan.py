@@ -284,15 +284,24 @@ class _Planner:
         flops = sum(forward_pass(network, bfloat16=False).flops * count for network, count in passes.each)
         encodes = passes.samples is None
         alone = passes.stage == "teacher"
-        stored = self.sample_bytes.latents_alone if alone else self.sample_bytes.latents
+        stored = self.sample_bytes.latents
+        if alone:
+            stored = self.sample_bytes.latents_alone
+        elif not self.recipe.encode.store_text:
+            stored = self.sample_bytes.latents_without_text
+        settings = self.recipe.encode
+        in_cluster = passes.stage == "encode" and self.recipe.cluster.use_gpu is not False
+        num_gpus = 1
+        if in_cluster:
+            num_gpus = self.num_workers if settings.encoders == "auto" else settings.encoders
         return Step(
             stage=passes.stage,
             name=passes.name,
             updates=None,
             samples=samples,
             flops=flops,
-            num_gpus=1,
-            gpu_seconds=samples * flops / self._speed(bfloat16=False),
+            num_gpus=num_gpus,
+            gpu_seconds=samples * flops / self._speed(bfloat16=in_cluster and settings.precision == "bfloat16"),
             read_bytes=samples * self.sample_bytes.picture,
             sample_bytes=self.sample_bytes.picture,
             reads_pictures=True,
@@ -324,6 +333,8 @@ def update_flops(training: Training) -> float:
     if training.teacher is not None:
         calls = training.teacher_calls * training.teacher_rows
         flops += calls * forward_pass(training.teacher, bfloat16=bfloat16).flops
+    if training.text is not None:
+        flops += forward_pass(training.text, bfloat16=False).flops
     if training.features is not None:
         # Of the target; of the output; and back to it, but not to the frozen weights.
         flops += 3 * forward_pass(training.features, bfloat16=bfloat16).flops

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fewstep.data.latents import latent_sample
+from fewstep.distill.tokens import OF_THE_CAPTION
 from fewstep.plan.memory import trained_weights
 from fewstep.plan.network import sizes, weights_of_parts
 from fewstep.plan.shapes import WHOLE_NUMBERS, Shape
@@ -30,16 +31,23 @@ class SampleBytes:
     Attributes:
         picture: in the picture shards; an estimate.
         latents: in the latent shards, as `fewstep.data.latents` writes them; 0 for a model in pixels.
+        latents_without_text: likewise, without text embeddings.
         latents_alone: likewise, without the condition.
     """
 
     picture: int
     latents: int
+    latents_without_text: int
     latents_alone: int
 
     def read(self, what: str) -> int:
         """Return the bytes of a sample that a training reads."""
-        return {"pictures": self.picture, "latents": self.latents, "latents_alone": self.latents_alone}[what]
+        return {
+            "pictures": self.picture,
+            "latents": self.latents,
+            "latents_without_text": self.latents_without_text,
+            "latents_alone": self.latents_alone,
+        }[what]
 
 
 def sample_bytes(shape: Shape) -> SampleBytes:
@@ -49,12 +57,13 @@ def sample_bytes(shape: Shape) -> SampleBytes:
     # Picture, caption or class, and a JSON file.
     picture = _in_tar(round(each * side**2)) + _in_tar(len(_CAPTION)) + _in_tar(400)
     if shape.vae is None:
-        return SampleBytes(picture, 0, 0)
+        return SampleBytes(picture, 0, 0, 0)
     condition = {
         name: torch.zeros(size, dtype=torch.int64 if name in WHOLE_NUMBERS else torch.float32)
         for name, size in shape.conditions.items()
     }
-    return SampleBytes(picture, _latent_bytes(shape, condition), _latent_bytes(shape, {}))
+    told = {name: value for name, value in condition.items() if name not in OF_THE_CAPTION}
+    return SampleBytes(picture, _latent_bytes(shape, condition), _latent_bytes(shape, told), _latent_bytes(shape, {}))
 
 
 def _latent_bytes(shape: Shape, condition: dict[str, torch.Tensor]) -> int:

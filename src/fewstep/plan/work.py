@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewstep.distill.jumps import plan_jumps
 from fewstep.distill.settings import LadderKind, student_kind, student_label
@@ -33,7 +33,8 @@ class Training:
         teacher_calls: calls in one update.
         features: what compares outputs instead of the mean square (error: features): the teacher's encoder.
         adapters: the adapters that alone are trained; None: the whole network is.
-        reads: "latents", "pictures", or "latents_alone" (without their conditions).
+        text: the frozen text encoders that make the embeddings of each sample; None: the shards hold them.
+        reads: "latents", "pictures", "latents_without_text", or "latents_alone" (without any condition).
     """
 
     stage: StageName
@@ -46,6 +47,7 @@ class Training:
     teacher_calls: int = 0
     features: Network | None = None
     adapters: LoraSettings | None = None
+    text: Network | None = None
     reads: str = "latents"
 
 
@@ -93,7 +95,15 @@ def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
             work += _progressive(recipe, shape)
         elif stage == "evaluate":
             work.append(_evaluate(recipe, shape))
-    return work
+    if recipe.encode.store_text or not shape.text_encoders or "encode" not in recipe.stages:
+        return work
+    text = Network.of(shape, "text_encoders")
+    return [
+        replace(each, text=text, reads="latents_without_text")
+        if isinstance(each, Training) and each.stage != "teacher"
+        else each
+        for each in work
+    ]
 
 
 def _reads(shape: Shape) -> str:

@@ -13,7 +13,6 @@ from fewstep.errors import FewstepError
 from fewstep.stages.encode_shards import Encoders, EncodeTask, Encoding, ShardEncoder
 from fewstep.storage import Storage
 
-
 _RESTARTS = 3
 
 

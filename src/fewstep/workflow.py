@@ -10,7 +10,7 @@ from pathlib import Path
 from fewstep.errors import FewstepError, StorageError
 from fewstep.recipe import Recipe, StageName
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, fingerprint, stage_uri
-from fewstep.stages.context import DONE
+from fewstep.stages.context import DATA_DIGEST_TAG, DONE, data_tags
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage, join
 from fewstep.train.cluster import local_ray
@@ -66,6 +66,8 @@ def run_stage(
     logger.info("%s …", name)
     digest = fingerprint(recipe, name)
     tags = {"fewstep.recipe": recipe.name, "fewstep.fingerprint": digest}
+    if name not in ("prepare", "teacher", "encode"):
+        tags |= data_tags(recipe, storage)
     with tracker.run(
         recipe.name, key=f"{recipe.name}/{recipe.digest()}", tags={"fewstep.recipe": recipe.name}
     ) as parent:
@@ -86,6 +88,8 @@ def run_stage(
                 facts = STAGES[name](context)
             finally:
                 free_device_memory()
+        if "data_digest" in facts:
+            parent.set_tags({DATA_DIGEST_TAG: facts["data_digest"]})
         parent.log_metrics(
             {f"{name}.seconds": usage.seconds, f"{name}.peak_memory_gib": usage.peak_memory_bytes / 2**30}
         )

@@ -3,7 +3,6 @@ process; what Ray does beside them is the business of tests/integration."""
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,13 +14,15 @@ from PIL import Image
 
 from fewstep.bench.workload import recipe_train_workload
 from fewstep.data.mixture import Mixture
+from fewstep.data.samples import CaptionSource, FieldFilter
 from fewstep.data.shards import write_shards
 from fewstep.models import load_model
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact, StageContext, find_artifact, fingerprint
 from fewstep.stages.batches import sample_batches
+from fewstep.stages.encode_shards import EncodeTask, ShardEncoder
 from fewstep.stages.evaluate_classes import _pictures
-from fewstep.stages.fingerprints import autoencoder_fingerprint
+from fewstep.stages.fingerprints import autoencoder_fingerprint, data_digest
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
@@ -111,14 +112,13 @@ Encoded = Callable[[Recipe], tuple[Artifact, list[str]]]
 @pytest.fixture
 def encode(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Encoded:
     """Return a function that runs encode, and gives what it left and the sources whose shards it encoded."""
-    module = importlib.import_module("fewstep.stages.encode")  # the package has a function of that name
-    real, seen = module._encode_shard, list[str]()
+    real, seen = ShardEncoder.encode, list[str]()
 
-    def encode_shard(shard: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        seen.append(shard.uri.split("/")[-2])
-        return real(shard, *arguments, **options)
+    def encode_shard(self: ShardEncoder, task: EncodeTask) -> dict[str, Any]:
+        seen.append(task.shard.uri.split("/")[-2])
+        return real(self, task)
 
-    monkeypatch.setattr(module, "_encode_shard", encode_shard)
+    monkeypatch.setattr(ShardEncoder, "encode", encode_shard)
 
     def run_encode(recipe: Recipe) -> tuple[Artifact, list[str]]:
         seen.clear()
@@ -236,3 +236,39 @@ def test_a_model_in_pixels_has_its_pictures_as_they_are(
         )  # fmt: skip
         with batches:
             assert next(iter(batches)).drawn == {"big": 12, "late": 4}
+
+
+def test_the_data_have_one_digest_that_names_shards_filters_transform_and_weights(
+    recipe_of: Callable[..., Recipe], workplace: Workplace, tmp_path: Path
+) -> None:
+    recipe = recipe_of({"big": 3, "late": 1}, stages=["encode", "guidance"])
+    for stage in recipe.stages:
+        run_stage(stage, recipe, workplace, out=tmp_path)
+    found = find_artifact(recipe, workplace.storage, "encode")
+    assert found is not None
+    ours = found.facts["data_digest"]
+    tracker = workplace.tracker
+    for stage in (*recipe.stages, None):
+        key = f"{recipe.name}/{recipe.digest() if stage is None else fingerprint(recipe, stage)}"
+        run_id = tracker.find_run(key)
+        assert run_id is not None
+        assert tracker.client.get_run(run_id).data.tags["fewstep.data_digest"] == ours, stage or "the workflow"
+
+    def digest(changed: Recipe, digests: tuple[str, ...] = ("a", "b"), resolution: int = 16) -> str:
+        return data_digest(changed, shards_digests=digests, resolution=resolution)
+
+    def with_data(**changes: Any) -> Recipe:
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+
+    def with_encode(**changes: Any) -> Recipe:
+        return recipe.model_copy(update={"encode": recipe.encode.model_copy(update=changes)})
+
+    same = [recipe, with_encode(batch_size=7), with_encode(store_text=False), recipe.model_copy(update={"seed": 5})]
+    assert len({digest(each) for each in same}) == 1
+    other = [
+        recipe_of({"big": 2, "late": 1}), with_data(filters=(FieldFilter(field="width", min=5),)),
+        with_data(captions=(CaptionSource(template="{blip}"),)), with_encode(crop="random"),
+        with_encode(picture_sizes=True),
+    ]  # fmt: skip
+    found_digests = {digest(each) for each in other} | {digest(recipe, ("a", "c")), digest(recipe, resolution=32)}
+    assert len(found_digests | {digest(recipe)}) == len(other) + 3

@@ -17,7 +17,7 @@ from fewstep.models import load_model
 from fewstep.stage_settings import ClassTeacherStage, TeacherStage
 from fewstep.stages.context import StageContext
 from fewstep.stages.fingerprints import autoencoder_fingerprint
-from fewstep.stages.training import train_job
+from fewstep.stages.training import tag_data, train_job
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob, TrainResult
@@ -51,6 +51,7 @@ def train_autoencoder(
     """
     recipe = context.recipe
     assert settings.autoencoder_train is not None
+    assert settings.autoencoder is not None
     job = TrainJob(
         name="autoencoder",
         fingerprint=autoencoder_fingerprint(recipe),
@@ -67,7 +68,8 @@ def train_autoencoder(
         seed=recipe.seed,
         num_streams=recipe.stream.num_streams,
     )
-    return train_job(context, job, autoencoder_uri(context))
+    tags = tag_data(context, context.shards("train"), resolution=settings.autoencoder.resolution)
+    return train_job(context, job, autoencoder_uri(context), tags=tags)
 
 
 def named_autoencoder(context: StageContext, uri: str) -> AutoencoderKL:

@@ -34,7 +34,7 @@ from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_sources
 from fewstep.stages.encode_shards import Encoding
-from fewstep.stages.training import train_teacher_network
+from fewstep.stages.training import tag_data, train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 
@@ -80,6 +80,7 @@ def class_teacher(context: StageContext) -> dict[str, Any]:
         objective=partial(_objective, settings, begin, context.storage),
         batches=partial(sample_batches, data, decode=decode),
         export=partial(_export, begin, context.storage),
+        tags=tag_data(context, shards, resolution=settings.network.resolution),
     )
     return facts | {"network": network.to_json()}
 

@@ -23,6 +23,9 @@ from fewstep.tracking.tracker import Run, Tracker
 
 DONE = "done.json"
 
+#: Of MLflow's runs and of registered models: `data_digest` of what they were trained on.
+DATA_DIGEST_TAG = "fewstep.data_digest"
+
 #: Written beside a folder after its last file.
 _STORED = ".stored"
 
@@ -214,6 +217,12 @@ def encoded_shards(recipe: Recipe, facts: Mapping[str, Any]) -> Shards:
 def stage_uri(recipe: Recipe, storage: Storage, stage: StageName) -> str:
     """Return the folder of a stage's artifact; it depends on nothing but the recipe, so any process can compute it."""
     return join(storage.root, stage, fingerprint(recipe, stage)[:16])
+
+
+def data_tags(recipe: Recipe, storage: Storage) -> dict[str, str]:
+    """Return the tag that names the data, for the runs of stages after encode; nothing before."""
+    encoded = find_artifact(recipe, storage, "encode") if "encode" in recipe.stages else None
+    return {DATA_DIGEST_TAG: encoded.facts["data_digest"]} if encoded and "data_digest" in encoded.facts else {}
 
 
 def find_artifact(recipe: Recipe, storage: Storage, stage: StageName) -> Artifact | None:

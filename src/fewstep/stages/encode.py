@@ -17,10 +17,10 @@ from fewstep.errors import RecipeError
 from fewstep.models import Parts, load_model
 from fewstep.recipe import Recipe, digest
 from fewstep.stages.batches import format_of, format_without_text
-from fewstep.stages.context import StageContext, pin_teacher
+from fewstep.stages.context import DATA_DIGEST_TAG, StageContext, pin_teacher
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode_shards import Encoders, Encoding, encode_shards
-from fewstep.stages.fingerprints import folder_digest, latents_fingerprint
+from fewstep.stages.fingerprints import data_digest, folder_digest, latents_fingerprint
 from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join
 from fewstep.train.settings import ClusterSettings
@@ -76,6 +76,10 @@ def encode(context: StageContext) -> dict[str, Any]:
                 )
             )
         facts[split] = found[0] if isinstance(shards, str) else _mixed(shards, found)
+        if split == "train":
+            digests = [each["source_digest"] for each in found]
+            facts["data_digest"] = data_digest(recipe, shards_digests=digests, resolution=parts.resolution)
+            context.run.set_tags({DATA_DIGEST_TAG: facts["data_digest"]})
         if parts.stores_latents:
             context.run.log_metrics(_figures(split, facts[split]))
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,32 @@ def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: s
     inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
     drawn = masks or recipe.encode.crop == "random"
     return digest(inputs | _rules(recipe) | ({"seed": recipe.seed} if drawn else {}))
+
+
+def data_digest(recipe: Recipe, *, shards_digests: Sequence[str], resolution: int) -> str:
+    """Return a digest of the data that networks are trained on: the content of the shards of each source with its
+    weight, which samples and captions are taken of them, and what is made of their pictures. It is the same wherever
+    the shards lie, and whatever model is trained on them.
+
+    Args:
+        recipe: the recipe.
+        shards_digests: digest of the index of the picture shards of each source, in the order of the recipe.
+        resolution: side of the pictures in pixels.
+    """
+    train = recipe.data.train
+    shares = Mixture(train).shares if isinstance(train, tuple) else (1,)
+    transform: dict[str, Any] = {
+        "resolution": resolution, "crop": recipe.encode.crop, "picture_sizes": recipe.encode.picture_sizes
+    }  # fmt: skip
+    if recipe.encode.crop == "random":
+        transform["seed"] = recipe.seed
+    return digest(
+        {
+            "shards": [list(each) for each in zip(shards_digests, shares, strict=True)],
+            "rules": recipe.sample_rules.to_json(),
+            "transform": transform,
+        }
+    )
 
 
 def guidance_fingerprint(recipe: Recipe, *, teacher_digest: str, latents_digest: str) -> str:

@@ -13,7 +13,7 @@ from fewstep.errors import ModelError
 from fewstep.models import StudentInfo, load_model, read_student_info
 from fewstep.models.lora import LoraSettings, adapters_in, lora_student
 from fewstep.stages.batches import format_batches
-from fewstep.stages.context import StageContext
+from fewstep.stages.context import StageContext, data_tags
 from fewstep.stages.fingerprints import guided_pair_fingerprint, rung_fingerprint
 from fewstep.stages.grids import picture_grid
 from fewstep.stages.guidance import check_lora, export_student
@@ -123,6 +123,7 @@ def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[
             f"progressive {name}", key=f"{recipe.name}/{recipe.digest()}/{info.fingerprint}", parent=context.parent
         ) as run:
             run.log_params(train)
+            run.set_tags(data_tags(recipe, storage))
             reused = finished_result(job, storage=storage, uri=uri) is not None
             result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=run.handle())
             # A rung that an earlier recipe trained has its curves there, and here its end.

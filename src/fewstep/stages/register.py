@@ -55,7 +55,7 @@ def register(context: StageContext) -> dict[str, Any]:
                     "num_inference_steps": str(steps),
                     "teacher": context.teacher(),
                     "teacher_digest": context.teacher_digest(),
-                    "data_digest": encoded["train"]["source_digest"],
+                    "data_digest": encoded.get("data_digest", encoded["train"]["source_digest"]),
                     "fingerprint": registered_as,
                     "recipe": recipe.name,
                     "evaluation": fingerprint(recipe, "evaluate"),

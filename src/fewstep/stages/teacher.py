@@ -45,7 +45,7 @@ from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.convert import changed_config
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_sources, encoding_of
-from fewstep.stages.training import train_teacher_network
+from fewstep.stages.training import tag_data, train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 
@@ -90,6 +90,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
         max_bad_share=recipe.stream.max_bad_share,
         label="encode for the teacher",
     )
+    tags = tag_data(context, shards, resolution=parts.resolution)
     tokenizers = {name: (begin, folder) for name, folder in joint_tokenizers(parts).items()}
     del parts  # the worker may need all of the GPU
     network = train_teacher_network(
@@ -103,6 +104,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
             condition_names=stored,
         ),
         export=partial(_export_teacher, begin, context.storage),
+        tags=tags,
     )
     return facts | {"network": network.to_json()}
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from fewstep.data.mixture import Shards, sources_of
+from fewstep.data.shards import read_index
 from fewstep.recipe import digest
-from fewstep.stages.context import StageContext
-from fewstep.stages.fingerprints import fingerprint
+from fewstep.stages.context import DATA_DIGEST_TAG, StageContext
+from fewstep.stages.fingerprints import data_digest, fingerprint
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob, TrainResult
@@ -19,16 +21,32 @@ from fewstep.train.run import run_training
 from fewstep.train.settings import TrainSettings
 
 
-def train_job(context: StageContext, job: TrainJob, uri: str) -> TrainResult:
+def tag_data(context: StageContext, shards: Shards, *, resolution: int) -> dict[str, str]:
+    """Name the data in the stage's run, and return the tag for the runs of its trainings.
+
+    Args:
+        context: of the stage.
+        shards: the picture shards that a teacher is trained on.
+        resolution: side of its pictures in pixels.
+    """
+    digests = [read_index(source.uri, storage=context.storage).digest for source in sources_of(shards)]
+    tags = {DATA_DIGEST_TAG: data_digest(context.recipe, shards_digests=digests, resolution=resolution)}
+    context.run.set_tags(tags)
+    return tags
+
+
+def train_job(context: StageContext, job: TrainJob, uri: str, *, tags: Mapping[str, str] | None = None) -> TrainResult:
     """Run one of the trainings of a stage, in a run of its own at the tracker.
 
     Args:
         context: of the stage.
         job: the training.
         uri: where its checkpoints and its export go.
+        tags: of the run.
     """
     with context.tracker.run(job.name, key=f"{context.recipe.name}/{job.fingerprint}", parent=context.parent) as run:
         run.log_params(job.settings)
+        run.set_tags(tags or {})
         result = run_training(
             job, cluster=context.recipe.cluster, storage=context.storage, uri=uri, tracker=run.handle()
         )
@@ -43,6 +61,7 @@ def train_teacher_network(
     objective: Callable[[torch.device], Any],
     batches: Callable[..., Any],
     export: Callable[[nn.Module, str], None],
+    tags: Mapping[str, str],
 ) -> TrainResult:
     """Train the network of the teacher stage, and put its folder into the stage's export/.
 
@@ -52,6 +71,7 @@ def train_teacher_network(
         objective: makes the objective on a worker's device.
         batches: makes the samples, without the arguments that are the recipe's.
         export: writes the teacher's folder.
+        tags: of the training's run.
     """
     recipe, uri = context.recipe, context.uri("teacher")
     job = TrainJob(
@@ -70,6 +90,6 @@ def train_teacher_network(
         seed=recipe.seed,
         num_streams=recipe.stream.num_streams,
     )
-    result = train_job(context, job, join(uri, "network"))
+    result = train_job(context, job, join(uri, "network"), tags=tags)
     context.storage.upload_folder(fetch_model(result.export_uri, storage=context.storage), join(uri, "export"))
     return result

@@ -40,11 +40,9 @@ from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
-from fewstep.train import run
-from fewstep.train.in_process import train_in_process
-from fewstep.train.job import TrainJob
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
+from in_process import trainings_in_process
 from tiny import tiny_teacher
 from tiny_classes import student_info, tiny_class_model, tiny_dit
 
@@ -115,14 +113,7 @@ def _recipe_of(family: str, folder: Path) -> Recipe:
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    def train_here(job: TrainJob, *, storage: Storage, uri: str, **_: Any) -> None:
-        result = train_in_process(job, folder=str(tmp_path_factory.mktemp("training")))
-        storage.upload_folder(Path(result.export_uri), join(uri, "export"))
-        told = {**result.to_json(), "export_uri": join(uri, "export")}
-        storage.write_json(join(uri, "result.json"), {"fingerprint": job.fingerprint, "tags": job.tags, "result": told})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_run", train_here)
+    with trainings_in_process(tmp_path_factory):
         yield
 
 

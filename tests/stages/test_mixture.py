@@ -27,11 +27,9 @@ from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
-from fewstep.train import run
-from fewstep.train.in_process import train_in_process
-from fewstep.train.job import TrainJob
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
+from in_process import trainings_in_process
 from tiny import picture_samples, tiny_teacher_folder
 
 TRAIN = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
@@ -44,14 +42,7 @@ TEACHER = {
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    def train_here(job: TrainJob, *, storage: Storage, uri: str, **_: Any) -> None:
-        result = train_in_process(job, folder=str(tmp_path_factory.mktemp("training")))
-        storage.upload_folder(Path(result.export_uri), join(uri, "export"))
-        told = {**result.to_json(), "export_uri": join(uri, "export")}
-        storage.write_json(join(uri, "result.json"), {"fingerprint": job.fingerprint, "tags": job.tags, "result": told})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_run", train_here)
+    with trainings_in_process(tmp_path_factory):
         yield
 
 

@@ -13,14 +13,12 @@ from fewstep.data.source import iterate_samples
 from fewstep.errors import ModelError
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact, fingerprint
-from fewstep.storage import Storage, join
+from fewstep.storage import Storage
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
-from fewstep.train import run
-from fewstep.train.in_process import train_in_process
-from fewstep.train.job import TrainJob
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
+from in_process import trainings_in_process
 from tiny import tiny_recipe, tiny_sdxl, tiny_teacher_folder
 
 STAGES = ["prepare", "encode", "guidance", "progressive"]
@@ -28,14 +26,7 @@ STAGES = ["prepare", "encode", "guidance", "progressive"]
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    def train_here(job: TrainJob, *, storage: Storage, uri: str, **_: Any) -> None:
-        result = train_in_process(job, folder=str(tmp_path_factory.mktemp("training")))
-        storage.upload_folder(Path(result.export_uri), join(uri, "export"))
-        told = {**result.to_json(), "export_uri": join(uri, "export")}
-        storage.write_json(join(uri, "result.json"), {"fingerprint": job.fingerprint, "tags": job.tags, "result": told})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_run", train_here)
+    with trainings_in_process(tmp_path_factory):
         yield
 
 

@@ -1,4 +1,5 @@
-"""A class recipe as a whole, on scikit-learn's digits: every box of the picture, and what is not done twice."""
+"""A class recipe as a whole, on scikit-learn's digits: every box of the picture, and what is not done twice. Trainings
+run in this process; what Ray does beside them is the business of tests/integration."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker
-from fewstep.workflow import run_stage, run_workflow
+from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
+from in_process import trainings_in_process
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TRAIN = {"updates": 3, "global_batch_size": 8, "learning_rate": 1e-3}
 STUDENTS = ("student", "student_stochastic", "student_single_w")
@@ -78,8 +80,15 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifacts(recipe: Recipe, workplace: Workplace, out: Path, ray_cluster: None) -> dict[Any, Artifact]:
-    return run_workflow(recipe, workplace, out=out)
+def artifacts(
+    recipe: Recipe, workplace: Workplace, out: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Artifact]:
+    with trainings_in_process(tmp_path_factory):
+        return run_stages(recipe, workplace, out=out)
+
+
+def run_stages(recipe: Recipe, workplace: Workplace, *, out: Path) -> dict[Any, Artifact]:
+    return {name: run_stage(name, recipe, workplace, out=out) for name in recipe.stages}
 
 
 def test_the_report_has_a_row_for_each_method_step_count_and_weight(
@@ -124,7 +133,7 @@ def test_a_students_folder_draws_its_classes(artifacts: dict[Any, Artifact], wor
 def test_a_second_run_skips_everything_and_brings_the_report_back(
     artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace, out: Path, tmp_path: Path
 ) -> None:
-    assert run_workflow(recipe, workplace, out=tmp_path) == artifacts
+    assert run_stages(recipe, workplace, out=tmp_path) == artifacts
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in out.iterdir() if file.is_file()}
 
 

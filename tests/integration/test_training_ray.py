@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import io
@@ -12,13 +11,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 import pytest
 import ray.cloudpickle
@@ -29,8 +26,8 @@ from aiohttp import web
 from real_training import Kind, real_job
 from torch import Tensor
 from toy_training import FileTracker, toy_job
-from yarl import URL
 
+from fewstep.bench.data.proxy import Proxy
 from fewstep.errors import CheckpointError, DataError, FewstepError, StorageError
 from fewstep.storage import Storage, join
 from fewstep.storage.embedded import Credentials
@@ -230,58 +227,21 @@ def test_an_error_that_the_user_can_mend_comes_out_as_it_is(storage: Storage, bu
     assert all(word in str(caught.value) for word in ("a" * 64, "b" * 64, f"remove {bucket_uri}/checkpoints"))
 
 
-class Door:
+class Door(Proxy):
     """The store behind a door that, while `full`, answers 507 to checkpoints of updates after the fifth."""
 
     def __init__(self, storage: Storage) -> None:
+        super().__init__(str(storage.endpoint_url))
         self.full = True
         self.refused: list[str] = []
-        self._behind = str(storage.endpoint_url)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self.url = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(60)
 
-    async def _open(self) -> str:
-        self._session = aiohttp.ClientSession(auto_decompress=False)
-        application = web.Application(client_max_size=2**30)
-        application.router.add_route("*", "/{path:.*}", self._pass_on)
-        self._runner = web.AppRunner(application, auto_decompress=False)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def _pass_on(self, request: web.Request) -> web.Response:
-        body = await request.read()
+    def refusal(self, request: web.Request) -> web.Response | None:
         update = re.search(r"/checkpoints/update-(\d+)", request.raw_path)
-        if self.full and request.method in ("PUT", "POST") and update and int(update[1]) > 5:
-            self.refused.append(request.raw_path)
-            error = "<Error><Code>InsufficientStorage</Code><Message>no space left on device</Message></Error>"
-            return web.Response(status=507, text=error, content_type="application/xml")
-        headers = _end_to_end(request.headers)  # with the Host that the client named: it is signed
-        url = URL(self._behind + request.raw_path, encoded=True)
-        async with self._session.request(
-            request.method, url, data=body or None, headers=headers, allow_redirects=False
-        ) as answer:
-            headers = _end_to_end(answer.headers)
-            if request.method == "HEAD":
-                headers["Content-Length"] = answer.headers.get("Content-Length", "0")
-            return web.Response(status=answer.status, headers=headers, body=await answer.read() or None)
-
-    def close(self) -> None:
-        async def close() -> None:
-            await self._session.close()
-            await self._runner.cleanup()
-
-        asyncio.run_coroutine_threadsafe(close(), self._loop).result(60)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
-    of_one_connection = ("connection", "content-length", "expect", "keep-alive", "transfer-encoding")
-    return {name: value for name, value in headers.items() if name.lower() not in of_one_connection}
+        if not (self.full and request.method in ("PUT", "POST") and update and int(update[1]) > 5):
+            return None
+        self.refused.append(request.raw_path)
+        error = "<Error><Code>InsufficientStorage</Code><Message>no space left on device</Message></Error>"
+        return web.Response(status=507, text=error, content_type="application/xml")
 
 
 def test_a_store_that_fills_up_is_said_and_the_same_command_goes_on(storage: Storage, bucket_uri: str) -> None:
@@ -289,7 +249,7 @@ def test_a_store_that_fills_up_is_said_and_the_same_command_goes_on(storage: Sto
     credentials = Credentials(keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"])
     settings = storage.settings.model_copy(update={"retry_attempts": 2})
     cluster = ClusterSettings(num_workers=1, cpus_per_worker=1, max_failures=0)
-    with contextlib.closing(Door(storage)) as door:
+    with Door(storage) as door:
         behind = Storage(settings, endpoint_url=door.url, credentials=credentials)
         # The pause lets Ray note the checkpoint of update 5 before that of update 10 is refused.
         job = toy_job(mischief={"pause_s": 0.3}, **OPTIONS)

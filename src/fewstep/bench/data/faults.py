@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
 from aiohttp import web
-from yarl import URL
 
+from fewstep.bench.data.proxy import Proxy
 from fewstep.bench.data.readers import DataSet
 from fewstep.data.pieces import PieceReader
 from fewstep.data.source import Sample
 from fewstep.data.stream import ShardStream
 
 _BUSY = "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "content-length"}
 
 
-class BadNetwork:
-    """An HTTP proxy before a store that resets some answers in their middle and answers others with 503 SlowDown.
-
-    Use as a context manager; `url` is the endpoint.
+class BadNetwork(Proxy):
+    """A proxy that resets some answers in their middle and answers other reads with 503 SlowDown.
 
     Args:
         endpoint_url: of the store.
@@ -36,62 +29,33 @@ class BadNetwork:
     """
 
     def __init__(self, endpoint_url: str, *, reset_share: float, busy_share: float, seed: int = 0) -> None:
-        self._behind, self._draw = endpoint_url, random.Random(seed)
+        super().__init__(endpoint_url)
+        self._draw = random.Random(seed)
         self._reset_share, self._busy_share = reset_share, busy_share
         self.faults: Counter[str] = Counter()
-        self.url = ""
 
-    def __enter__(self) -> BadNetwork:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fewstep-bad-network", daemon=True)
-        self._thread.start()
-        self.url = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(60)
-        return self
+    def refusal(self, request: web.Request) -> web.Response | None:
+        if not _is_read(request) or self._draw.random() >= self._busy_share:
+            return None
+        self.faults["busy"] += 1
+        return web.Response(status=503, text=_BUSY, content_type="application/xml")
 
-    def __exit__(self, *error: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(60)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _open(self) -> str:
-        self._session = aiohttp.ClientSession(auto_decompress=False)
-        application = web.Application(client_max_size=2**30)
-        application.router.add_route("*", "/{path:.*}", self._pass_on)
-        self._runner = web.AppRunner(application, auto_decompress=False)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def _close(self) -> None:
-        await self._session.close()
-        await self._runner.cleanup()
-
-    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        fate = self._draw.random() if request.method == "GET" and "Range" in request.headers else 1.0
-        if fate < self._busy_share:
-            self.faults["busy"] += 1
-            return web.Response(status=503, text=_BUSY, content_type="application/xml")
-        headers = _end_to_end(request.headers)  # with the Host that the client named: it is signed
-        url = URL(self._behind + request.raw_path, encoded=True)
-        async with self._session.request(
-            request.method, url, data=await request.read() or None, headers=headers, allow_redirects=False
-        ) as answer:
-            body = await answer.read()
-            if fate < self._busy_share + self._reset_share and body:
-                self.faults["reset"] += 1
-                response = web.StreamResponse(status=answer.status, headers=_end_to_end(answer.headers))
-                response.content_length = len(body)
-                await response.prepare(request)
-                await response.write(body[: self._draw.randrange(len(body))])
-                if request.transport is not None:
-                    request.transport.abort()
-                return response
-            return web.Response(status=answer.status, headers=_end_to_end(answer.headers), body=body or None)
+    async def give(self, request: web.Request, answer: web.Response) -> web.StreamResponse:
+        body = answer.body
+        if not _is_read(request) or self._draw.random() >= self._reset_share or not isinstance(body, bytes) or not body:
+            return answer
+        self.faults["reset"] += 1
+        response = web.StreamResponse(status=answer.status, headers=answer.headers)
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body[: self._draw.randrange(len(body))])
+        if request.transport is not None:
+            request.transport.abort()
+        return response
 
 
-def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in _HOP}
+def _is_read(request: web.Request) -> bool:
+    return request.method == "GET" and "Range" in request.headers
 
 
 def faults(data: DataSet, *, reset_share: float = 0.05, busy_share: float = 0.02) -> dict[str, Any]:

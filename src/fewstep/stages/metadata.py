@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ T = TypeVar("T")
 
 #: A download of so many rows that brings not one picture tells of the network or of the settings, not of the pictures.
 _ROWS_THAT_CANNOT_ALL_FAIL = 100
+_RECORDS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,8 @@ def download_split(
     """
     uris = [join(target, "records", f"{part.name}.json") for part in parts]
     there = {info.uri for info in storage.list(join(target, "records"))}
-    found: dict[int, DownloadedPart] = {
-        number: _load(DownloadedPart, uri, storage) for number, uri in enumerate(uris) if uri in there
-    }
+    known = [number for number, uri in enumerate(uris) if uri in there]
+    found = dict(zip(known, _load_all(DownloadedPart, [uris[number] for number in known], storage), strict=True))
     missing = [number for number in range(len(parts)) if number not in found]
     done = sum(parts[number].num_rows for number in found)
     with Progress(label, sum(part.num_rows for part in parts), "pictures", done=done) as progress:
@@ -297,12 +298,17 @@ def _phase(
         tasks = [(calls[number], uris[number], storage) for number in missing]
         for _ in run_tasks(_recorded, tasks, cluster=cluster, what=what):
             progress.advance()
-    return [_load(type_, uri, storage) for uri in uris]
+    return _load_all(type_, uris, storage)
 
 
 def _recorded(call: Callable[[], Any], uri: str, storage: Storage) -> None:
     result = call()
     storage.write_json(uri, [asdict(each) for each in result] if isinstance(result, list) else asdict(result))
+
+
+def _load_all(type_: type[T], uris: Sequence[str], storage: Storage) -> list[T]:
+    with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
+        return list(pool.map(lambda uri: _load(type_, uri, storage), uris))
 
 
 def _load(type_: type[T], uri: str, storage: Storage) -> T:

@@ -34,7 +34,7 @@ COMMAND = Path(__file__).parents[2] / ".venv-img2dataset/bin/img2dataset"
 SETTINGS = DownloadSettings(
     command=str(COMMAND), image_size=64, min_image_size=32, max_aspect_ratio=3.0, max_image_area=640_000,
     max_bytes=2**20, threads=100, timeout_s=1.5, answer_timeout_s=2.0, retries=1, stall_timeout_s=60.0,
-    user_agent_token="1E5",  # a number too, to img2dataset, unless it is quoted
+    private_addresses=True, user_agent_token="1E5",  # a number too, to img2dataset, unless it is quoted
 )  # fmt: skip
 
 
@@ -270,6 +270,15 @@ def test_pictures_look_as_they_were_meant(web: Web, done: Two) -> None:
     assert halves("/deep.png") == pytest.approx((40, 215, 127), abs=4)  # img2dataset alone: white
     assert halves("/turned.jpg") == pytest.approx((127, 127, 40), abs=4)  # img2dataset alone: dark on the left
     assert halves("/clear.png") == (255, 255, 255)
+
+
+def test_addresses_that_are_not_public_are_refused_unless_it_is_said(web: Web, tmp_path: Path) -> None:
+    before = sum(web.asked.values())
+    rows = table(web).slice(0, 2)
+    settings = SETTINGS.model_copy(update={"private_addresses": False})
+    done = download(rows, tmp_path, settings=settings)
+    assert done.failures == {"no public address": 2}
+    assert sum(web.asked.values()) == before
 
 
 def test_another_run_with_more_processes_gives_the_same_samples_byte_for_byte(done: Two) -> None:

@@ -102,7 +102,7 @@ def recipe_of(metadata: str, storage: Storage, tmp: Path, **changes: Any) -> Rec
         "rows_per_task": 120,
         "download": {
             "command": str(COMMAND), "image_size": 32, "threads": 32, "timeout_s": 2.0, "answer_timeout_s": 5.0,
-            "retries": 0, "stall_timeout_s": 60.0,
+            "retries": 0, "stall_timeout_s": 60.0, "private_addresses": True,
         },
         **changes,
     }  # fmt: skip

@@ -64,6 +64,11 @@ class DownloadSettings(BaseModel):
     timeout_s: float = Field(10.0, gt=0, description="Seconds to connect, and the longest pause within an answer.")
     answer_timeout_s: float = Field(60.0, gt=0, description="Seconds for an answer as a whole.")
     retries: int = Field(1, ge=0, description="Further tries after a failed one, whatever the failure, at once.")
+    private_addresses: bool = Field(
+        False,
+        description="Let it connect to addresses that are not public, such as those of the own network: a table from "
+        "elsewhere may name services there. Needed for a picture server of one's own.",
+    )
     user_agent_token: str | None = Field(
         "fewstep",
         pattern=r"^[A-Za-z0-9_.-]+$",
@@ -120,7 +125,8 @@ def download(rows: pa.Table, folder: Path, *, settings: DownloadSettings) -> Dow
     run_img2dataset(
         program, _options(settings, rows_per_tar), folder=folder, output=output,
         answer_timeout_s=settings.answer_timeout_s, max_bytes=settings.max_bytes,
-        max_image_area=settings.max_image_area, stall_timeout_s=settings.stall_timeout_s,
+        max_image_area=settings.max_image_area, private_addresses=settings.private_addresses,
+        stall_timeout_s=settings.stall_timeout_s,
     )  # fmt: skip
     seconds = time.monotonic() - begin
     numbers = range(math.ceil(len(asked) / rows_per_tar))

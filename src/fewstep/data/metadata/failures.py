@@ -9,6 +9,7 @@ BAD_ADDRESS = "bad address"
 OPTED_OUT = "opted out by X-Robots-Tag"
 TIMEOUT = "timeout"
 TOO_MANY_BYTES = "too many bytes"
+PRIVATE = "no public address"
 BROKEN = "broken picture"
 #: img2dataset counted the row and then neither stored it nor said why.
 LOST = "lost by img2dataset"
@@ -21,6 +22,7 @@ _REASONS = [
     (re.compile(pattern, re.IGNORECASE), reason)
     for pattern, reason in (
         (r"disallowed by X-Robots-Tag", OPTED_OUT),
+        (r"fewstep: .* is no public address", PRIVATE),
         (r"fewstep: larger than", TOO_MANY_BYTES),
         (r"timed out|fewstep: not complete", TIMEOUT),
         (r"image too small", "image too small"),

@@ -63,6 +63,7 @@ def run_img2dataset(
     answer_timeout_s: float,
     max_bytes: int,
     max_image_area: int,
+    private_addresses: bool,
     stall_timeout_s: float,
 ) -> None:
     """Run img2dataset to its end, in `folder`; none of its processes is left, whatever happens.
@@ -75,13 +76,16 @@ def run_img2dataset(
         answer_timeout_s: bound of one HTTP answer as a whole, in seconds.
         max_bytes: the same in bytes.
         max_image_area: pixels of a picture above which it is not decoded.
+        private_addresses: whether it may connect to addresses that are not public.
         stall_timeout_s: seconds without progress after which it is killed.
 
     Raises:
         DataError: it cannot be started, ended with an error, or stalled.
     """
     hooks, log_path = folder / "hooks", folder / "img2dataset.log"
-    in_effect = _write_hooks(hooks, answer_timeout_s=answer_timeout_s, max_bytes=max_bytes)
+    in_effect = _write_hooks(
+        hooks, answer_timeout_s=answer_timeout_s, max_bytes=max_bytes, private_addresses=private_addresses
+    )
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {
         "HOME": str(folder),
         "LANG": "C.UTF-8",
@@ -137,12 +141,13 @@ def last_words(folder: Path) -> str:
 _ANEW = "make its environment anew (delete .venv-img2dataset, then make img2dataset), or name another executable"
 
 
-def _write_hooks(folder: Path, *, answer_timeout_s: float, max_bytes: int) -> Path:
+def _write_hooks(folder: Path, *, answer_timeout_s: float, max_bytes: int, private_addresses: bool) -> Path:
     """Write the sitecustomize of its interpreters; return the path of a file that is there once that has run."""
     folder.mkdir()
     in_effect = folder / "in-effect"
     calls = (
         f"bound_answers(seconds={answer_timeout_s!r}, max_bytes={max_bytes!r})",
+        *(() if private_addresses else ("refuse_private()",)),
         "decode_as_seen()",
         f"end_with({os.getpid()})",
         f"open({str(in_effect)!r}, 'w').close()",

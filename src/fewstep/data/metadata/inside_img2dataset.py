@@ -1,11 +1,13 @@
 """What fewstep adds to the processes of img2dataset: a copy of this file is the sitecustomize of their interpreter.
 
-Three things that img2dataset has no options for, each of which would spoil a large run:
+Four things that img2dataset has no options for, each of which would spoil a large run:
 
 - Its timeout is one of each read. A server that sends a byte now and then, or a picture without end (a camera on the
   web), holds a thread for ever, and with it all that was downloaded. Answers are bounded in seconds and bytes.
 - It decodes so that a picture's orientation (EXIF) is ignored and then lost, and that all of a picture of 16 bits but
   its darkest parts becomes white. Pictures are turned and scaled.
+- It connects to whatever a table or a redirection names, services within the network and the machine's own included.
+  Addresses that are not public are refused.
 - Its processes go on when the one that started them is killed. They end with it.
 
 This runs in another environment than fewstep, so it uses the standard library alone, and OpenCV where that is there.
@@ -13,12 +15,15 @@ This runs in another environment than fewstep, so it uses the standard library a
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
 import threading
 import time
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 _LOOK_EVERY_S = 1.0
 
@@ -39,6 +44,31 @@ def bound_answers(*, seconds: float, max_bytes: int) -> None:
         return count
 
     socket.SocketIO.readinto = bounded  # type: ignore[method-assign,assignment]
+
+
+def refuse_private() -> None:
+    """Let connecting to an address that is not public fail, unless it is a proxy's that the environment names."""
+    connect = socket.socket.connect
+    proxies = {(sent_to[0], sent_to[1]) for url in getproxies().values() for sent_to in _addresses_of(url)}
+
+    def checked(self: Any, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and (address[0], address[1]) not in proxies:
+            number = ipaddress.ip_address(address[0].partition("%")[0])
+            number = getattr(number, "ipv4_mapped", None) or number
+            if not number.is_global or number.is_multicast:
+                raise OSError(f"fewstep: {number} is no public address")
+        connect(self, address)
+
+    socket.socket.connect = checked  # type: ignore[method-assign]
+
+
+def _addresses_of(url: str) -> list[Any]:
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):  # a proxy that is not there is told by the first connection
+        return []
+    return [entry[4] for entry in found]
 
 
 def decode_as_seen() -> None:

@@ -23,7 +23,7 @@ from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, memory, stage_uri
 from fewstep.stages.evaluate import evaluate_models
-from fewstep.stages.fingerprints import folder_digest
+from fewstep.stages.fingerprints import data_digest, folder_digest
 from fewstep.storage import Storage, join
 from fewstep.tracking.registry import Registry
 from fewstep.tracking.settings import TrackingSettings
@@ -124,9 +124,10 @@ def test_registered_student_is_a_plain_diffusers_folder(
 
 
 def test_registered_students_name_what_made_them(
-    artifacts: dict[Any, Artifact], workplace: Workplace, teacher: Path
+    artifacts: dict[Any, Artifact], recipe: Recipe, workplace: Workplace, teacher: Path
 ) -> None:
     encoded = artifacts["encode"].facts
+    shards = artifacts["prepare"].facts["train"]["digest"]
     for student in artifacts["progressive"].facts["students"].values():
         assert student["code"]["fewstep.git_commit"] == "first-commit", "said by the training, for whoever registers"
     for name, facts in artifacts["register"].facts["models"].items():
@@ -135,7 +136,7 @@ def test_registered_students_name_what_made_them(
         assert tags["fewstep.torch"]
         assert tags["fewstep.teacher"] == encoded["teacher"]
         assert tags["fewstep.teacher_digest"] == folder_digest(teacher)
-        assert tags["fewstep.data_digest"] == artifacts["prepare"].facts["train"]["digest"]
+        assert tags["fewstep.data_digest"] == data_digest(recipe, shards_digests=[shards], resolution=16)
         assert tags["fewstep.fingerprint"]
 
 

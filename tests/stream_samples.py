@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,15 @@ from PIL import Image, UnidentifiedImageError
 from fewstep.data.source import BadSampleError
 
 
-def make_samples(count: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+def make_samples(
+    count: int, *, seed: int = 0, sizes: Sequence[tuple[int, int]] = ((8, 8),)
+) -> Iterator[dict[str, Any]]:
+    """Yield samples whose pictures have the sizes (width, height) in turn."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         picture = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(picture, "PNG")
+        width, height = sizes[number % len(sizes)]
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(picture, "PNG")
         yield {"__key__": f"{number:09d}", "png": picture.getvalue(), "txt": f"caption {number}".encode()}
 
 

@@ -31,7 +31,7 @@ from fewstep.stage_settings import (
 )
 from fewstep.storage import StorageSettings
 from fewstep.tracking.settings import TrackingSettings
-from fewstep.train.settings import ClusterSettings
+from fewstep.train.settings import ClusterSettings, wrong_group
 
 StageName = Literal["prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register"]
 
@@ -176,6 +176,8 @@ class Recipe(StageSettings):
                 "data.filters and data.captions are for recipes whose teacher is told a caption, and this one has "
                 f"{classes[0]}: leave them out, and filter the shards when they are made"
             )
+        if self.encode.buckets is not None:
+            self._check_buckets()
         if classes and self.encode.crop == "random":
             raise ValueError(f"encode.crop=random has no effect on pictures with a class ({classes[0]}): leave it out")
         if (
@@ -212,6 +214,21 @@ class Recipe(StageSettings):
                     f"register.gate.min_num_images={self.register_.gate.min_num_images} is more than "
                     f"evaluate.num_prompts={self.evaluate.num_prompts}: no student could ever pass"
                 )
+
+    def _check_buckets(self) -> None:
+        """Refuse what cannot be trained in groups of one size of picture."""
+        classes = [key for key in ("prepare_classes", "train_class_teacher", "evaluate_classes") if getattr(self, key)]
+        if classes:
+            raise ValueError(f"encode.buckets are for models that are told a caption, and this recipe has {classes[0]}")
+        if self.train_teacher is not None and self.train_teacher.inpainting:
+            raise ValueError("encode.buckets cannot be used with train_teacher.inpainting: leave one of them out")
+        for key, stage in (("convert", self.convert), ("guidance", self.guidance), ("progressive", self.progressive)):
+            train = None if stage is None else stage.train
+            if train is not None and train.micro_batch_size is not None:
+                group = train.global_batch_size // self.stream.num_streams
+                if group % train.micro_batch_size:
+                    words = wrong_group(train.micro_batch_size, group, train.global_batch_size)
+                    raise ValueError(f"{key}.train.{words}")
 
     def _check_held_out(self) -> None:
         prompts = self.evaluate.num_prompts

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, field_validator, model_validator
 
+from fewstep.data.buckets import BucketSettings
 from fewstep.data.masks import MaskSettings
 from fewstep.data.mixture import Source, named_sources
 from fewstep.data.pictures import Crop
@@ -93,6 +94,11 @@ class EncodeSettings(StageSettings):
         "center",
         description="what is kept of a picture's longer side: the middle, or a part drawn by the seed and its key "
         "(random)",
+    )
+    buckets: BucketSettings | None = Field(
+        None,
+        description="aspect-ratio buckets: crop training pictures to the nearest of some sizes of about as many "
+        "pixels, instead of all to the square; for models of latents that are told a caption; null: the square alone",
     )
     picture_sizes: bool = Field(
         False,

@@ -11,17 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.data.buckets import BucketSettings
 from fewstep.data.latents import decode_latents
 from fewstep.data.pictures import decode_picture
 from fewstep.data.samples import CaptionSource, FieldFilter, SampleRules
 from fewstep.data.shards import read_index, write_shards
 from fewstep.data.source import SampleCounts, iterate_samples
-from fewstep.errors import DataError, RecipeError
+from fewstep.errors import DataError, ModelError, RecipeError
 from fewstep.models import TextToImageParts
-from fewstep.stages.encode import check_takes_sizes
+from fewstep.stages.encode import check_takes_buckets, check_takes_sizes
 from fewstep.stages.encode_shards import EncodeTask, Encoding, ShardEncoder, encode_shards
 from fewstep.storage import Storage, join
-from tiny import tiny_sdxl, tiny_teacher
+from tiny import tiny_inpainting, tiny_sdxl, tiny_teacher
+from tiny_classes import tiny_class_model
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +204,62 @@ def test_the_networks_of_sdxl_can_be_told_each_pictures_own_size(storage: Storag
     check_takes_sizes(sdxl, "sdxl")
     with pytest.raises(RecipeError, match=r"encode\.picture_sizes=true is for models of .* and s3://t takes no sizes"):
         check_takes_sizes(tiny_teacher(), "s3://t")
+
+
+BUCKETS = BucketSettings(max_aspect_ratio=4.0, multiple_of=8)
+
+
+def _pictures_of_sizes(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    samples = []
+    for number, (width, height) in enumerate(sizes):
+        pixels = torch.arange(width * height * 3).mul(7 + number).remainder(251).reshape(height, width, 3)
+        file = io.BytesIO()
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(file, format="PNG")
+        samples.append({"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"picture {number}".encode()})
+    return samples
+
+
+def test_pictures_are_encoded_in_their_buckets(storage: Storage, bucket_uri: str) -> None:
+    """Each comes out as if it had been cropped and encoded by itself, in the order of the pictures."""
+    sdxl = tiny_sdxl()
+    sizes = [(16, 16), (32, 8), (8, 32), (64, 16), (36, 8), (20, 20), (8, 40), (33, 8), (8, 34), (90, 20)]
+    samples = _pictures_of_sizes(sizes)
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    write_shards(samples, source, samples_per_shard=10, storage=storage)
+    facts = _encode(source, target, sdxl, storage, buckets=BUCKETS, picture_sizes=True)
+    assert facts["num_samples"] == len(sizes)
+    decode = partial(decode_latents, condition_names=("text", "pooled", "time_ids"))
+    shards = read_index(target, storage=storage).shards
+    stored = list(iterate_samples(shards, storage=storage, decode=decode))
+    assert [sample["caption"] for sample in stored] == [f"picture {number}" for number in range(len(sizes))]
+    for sample, (width, height), latents in zip(samples, sizes, stored, strict=True):
+        bucket = (32, 8) if width > 2 * height else (8, 32) if height > 2 * width else (16, 16)
+        alone = decode_picture(sample, resolution=16, buckets=[bucket], sizes=True)
+        mean, std = sdxl.encode_pictures(alone["pixels"][None])
+        assert latents["latent_mean"].shape == (4, bucket[1] // 4, bucket[0] // 4)
+        torch.testing.assert_close(latents["latent_mean"].float(), mean[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(latents["latent_std"].float(), std[0], rtol=2e-3, atol=2e-3)
+        assert latents["time_ids"].tolist() == alone["time_ids"].tolist()
+        assert latents["time_ids"].tolist()[:2] == [height, width]
+        assert latents["time_ids"].tolist()[4:] == [bucket[1], bucket[0]]
+    encoding = Encoding(batch_size=2, buckets=BUCKETS)
+    options: dict[str, Any] = {"parts": sdxl, "storage": storage, "max_bad_share": 0.0, "label": "test"}
+    other = encode_shards(source, join(bucket_uri, "other"), encoding=encoding, **options)
+    stored = list(iterate_samples(read_index(other["uri"], storage=storage).shards, storage=storage, decode=decode))
+    assert [sample["caption"] for sample in stored] == [f"picture {number}" for number in range(len(sizes))]
+    assert [sample["time_ids"].tolist() for sample in stored[:3]] == [
+        [16, 16, 0, 0, 16, 16], [8, 32, 0, 0, 8, 32], [32, 8, 0, 0, 32, 8]
+    ]  # fmt: skip
+
+
+def test_models_without_buckets_are_told() -> None:
+    check_takes_buckets(tiny_teacher(), "t", BUCKETS)
+    with pytest.raises(ModelError, match=r"multiple_of=4 is no multiple of 8, by which .* of t divide .*: take 8"):
+        check_takes_buckets(tiny_teacher(), "t", BucketSettings(multiple_of=4))
+    with pytest.raises(ModelError, match=r"and s3://t is of the family inpainting: leave them out"):
+        check_takes_buckets(tiny_inpainting(), "s3://t", BUCKETS)
+    with pytest.raises(DataError, match="no size beside the square of 16 pixels"):
+        check_takes_buckets(tiny_teacher(), "t", BucketSettings(max_aspect_ratio=2, multiple_of=8))
+    for latent in (True, False):
+        with pytest.raises(ModelError, match=r"encode\.buckets are for models that diffuse latents"):
+            check_takes_buckets(tiny_class_model(latent=latent), "c", BUCKETS)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toy_training import toy_job
+from toy_training import STREAMS, ToyBatches, toy_job
 
 from fewstep.errors import CheckpointError, DataError, FewstepError
 from fewstep.train.checkpoint import TrainState, merge_streams, save_state
 from fewstep.train.in_process import train_in_process
-from fewstep.train.job import TrainResult
-from fewstep.train.loop import _figure_name
+from fewstep.train.job import TrainJob, TrainResult
+from fewstep.train.loop import _figure_name, _take
 
 
 class Killed(BaseException):
@@ -191,3 +195,38 @@ def test_streams_of_workers_are_joined_and_must_not_clash() -> None:
 )
 def test_counts_have_names_that_mlflow_takes(reason: str, name: str) -> None:
     assert _figure_name(reason) == name
+
+
+class GroupedBatches(ToyBatches):
+    """The toy's batches with the rows as a list, as where streams give groups of unlike shapes."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            yield SimpleNamespace(**{**vars(batch), "data": {"x": list(batch.data["x"]), "key": ["k"] * 16}})
+
+
+def grouped_job(**settings: Any) -> TrainJob:
+    job = toy_job(updates=6, **settings)
+    batches = partial(GroupedBatches, batch_size=16)
+    return dataclasses.replace(job, batches=batches, num_streams=STREAMS, grouped=True)
+
+
+@pytest.mark.parametrize("micro", [None, 4, 2])
+def test_a_micro_batch_is_of_one_group(micro: int | None) -> None:
+    wanted, got = Watch(), Watch()
+    train_in_process(toy_job(updates=6, micro_batch_size=micro or 4), on_log=wanted)
+    train_in_process(grouped_job(micro_batch_size=micro), on_log=got)
+    assert got.losses() == wanted.losses()
+
+
+def test_a_micro_batch_over_groups_is_refused() -> None:
+    with pytest.raises(DataError, match=r"micro_batch_size=8 does not divide the 4 rows of .*take 1, 2, 4 or"):
+        train_in_process(grouped_job(micro_batch_size=8))
+
+
+def test_rows_of_a_list_are_stacked() -> None:
+    rows = [torch.full((2, 3), float(n)) for n in range(2)] + [torch.full((3, 2), float(n)) for n in range(2)]
+    data = {"x": rows, "text": ["a", "b", "c", "d"], "names": ["p", "q"]}
+    taken = _take(data, slice(2, 4), of=4, device=torch.device("cpu"))
+    assert torch.equal(taken["x"], torch.stack(rows[2:]))
+    assert (taken["text"], taken["names"]) == (["c", "d"], ["p", "q"])

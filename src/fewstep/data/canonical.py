@@ -67,9 +67,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A sample, and the shard that it comes from."""
+    """A sample, and the shard that it comes from, with its number in the list of shards."""
 
     shard: Shard
+    number: int
     sample: RawSample
 
 
@@ -167,7 +168,7 @@ class CanonicalStream:
         whole = True
         for piece, future in zip(pieces, ahead, strict=True):
             loaded, shard = future.result(), self._order.shards[piece.shard]
-            places += [Place(shard, sample) for sample in loaded.samples]
+            places += [Place(shard, piece.shard, sample) for sample in loaded.samples]
             whole = whole and not loaded.lost
             if loaded.lost and count_lost:
                 self._lost.append(Lost(shard, piece.start, loaded.lost, loaded.reason, loaded.detail))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.data.disk_cache import DiskCache
+from fewstep.data.grouped import GroupedStream
 from fewstep.data.mixed_stream import MixedOrder, MixedStream, StreamState
 from fewstep.data.pieces import PieceMemory, PieceReader, PieceSource
 from fewstep.data.source import Decode, SampleCounts
@@ -28,9 +30,12 @@ class Part:
 
 @dataclass
 class PartBatch:
-    """The rows of a part for one update, and the part after it. data and rows are those of a `Batch`."""
+    """The rows of a part for one update, and the part after it.
 
-    data: dict[str, Any]
+    data: as of a `Batch`, in one piece; or, where streams give groups, in one for each stream; rows: as of a `Batch`.
+    """
+
+    data: list[dict[str, Any]]
     rows: list[int]
     after: Part
 
@@ -46,6 +51,7 @@ class PartReader:
         connections: pieces read at once.
         cache_bytes: raw pieces kept in memory.
         disk_cache: folder and limit in bytes of what is kept on the local disk.
+        group_by: as for `ShardStream`.
     """
 
     def __init__(
@@ -58,10 +64,12 @@ class PartReader:
         connections: int,
         cache_bytes: int,
         disk_cache: tuple[Path, int] | None = None,
+        group_by: str | None = None,
     ) -> None:
         self._order, self._storage, self._decode = order, storage, decode
         self._rows_per_stream, self._connections = rows_per_stream, connections
         self._cache_bytes, self._disk_cache = cache_bytes, disk_cache
+        self._group_by = group_by
         self._source: PieceSource | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,19 +86,25 @@ class PartReader:
         source, counts = self._pieces(), [each.copy() for each in part.counts]
         pool = ThreadPoolExecutor(max_workers=self._connections, thread_name_prefix="fewstep-shards")
         try:
-            streams = [MixedStream(number, self._order, source, pool, state) for number, state in part.streams.items()]
+            streams = [self._stream(number, state, source, pool) for number, state in part.streams.items()]
             for stream in streams:
                 stream.prefetch()
             while True:
-                samples, rows = [], []
-                for stream in streams:
-                    for k in range(self._rows_per_stream):
-                        samples.append(stream.next_sample(self._decode, counts))
-                        rows.append(stream.number * self._rows_per_stream + k)
+                each = self._rows_per_stream
+                samples = [stream.next_rows(each, self._decode, counts) for stream in streams]
+                rows = [stream.number * each + k for stream in streams for k in range(each)]
+                if self._group_by is None:
+                    samples = [list(chain.from_iterable(samples))]
                 after = Part({stream.number: stream.state for stream in streams}, tuple(c.copy() for c in counts))
-                yield PartBatch(stack_samples(samples), rows, after)
+                yield PartBatch([stack_samples(together) for together in samples], rows, after)
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _stream(
+        self, number: int, state: StreamState, source: PieceSource, pool: ThreadPoolExecutor
+    ) -> MixedStream | GroupedStream:
+        stream = MixedStream(number, self._order, source, pool, state)
+        return stream if self._group_by is None else GroupedStream(stream, self._group_by, source, pool, state.waiting)
 
     def _pieces(self) -> PieceSource:
         if self._source is None:
@@ -119,16 +133,22 @@ def stack_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def join_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `stack_samples` makes of all samples of some batches, one batch after another; DataError as there."""
+def join_batches(batches: Sequence[dict[str, Any]], *, grouped: bool = False) -> dict[str, Any]:
+    """What `stack_samples` makes of all samples of some batches, one batch after another; DataError as there.
+
+    Grouped batches may differ in the shapes of their tensors: those become lists with a tensor for each row.
+    """
     if len(batches) == 1:
         return batches[0]
     joined: dict[str, Any] = {}
     for name, first in batches[0].items():
         try:
             values = [batch[name] for batch in batches]
+            unlike = grouped and isinstance(first, torch.Tensor) and len({value.shape[1:] for value in values}) > 1
             joined[name] = (
-                torch.cat(values) if isinstance(first, torch.Tensor) else [v for each in values for v in each]
+                torch.cat(values)
+                if isinstance(first, torch.Tensor) and not unlike
+                else [row for each in values for row in each]
             )
         except (KeyError, RuntimeError) as error:
             raise DataError(f"The samples of a batch do not fit together in {name!r}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from fewstep.data.buckets import Size, bucket_of
 from fewstep.data.source import BadSampleError, Sample
 from fewstep.errors import DataError
 
@@ -26,21 +28,30 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def decode_picture(
-    sample: Sample, *, resolution: int, crop: Crop = "center", seed: int = 0, sizes: bool = False
+    sample: Sample,
+    *,
+    resolution: int,
+    crop: Crop = "center",
+    seed: int = 0,
+    sizes: bool = False,
+    buckets: Sequence[Size] | None = None,
 ) -> dict[str, Any]:
     """Return key, caption and pixels (uint8, (3, resolution, resolution)) of a sample in img2dataset's layout.
 
     The picture is turned as its EXIF says, put on white where it is transparent, reduced so that its shorter side is
-    `resolution`, and cropped along the longer one.
+    `resolution`, and cropped along the longer one. With buckets it is reduced so that it just covers the size of its
+    own, and cropped to that.
 
     Args:
         sample: the sample.
         resolution: side in pixels.
-        crop: what is kept of the longer side: the middle, or a part drawn by the seed and the sample's key.
+        crop: what is kept of the side that is too long: the middle, or a part drawn by the seed and the sample's key.
         seed: of that.
         sizes: also return time_ids, (6,) int64: height and width of the picture as it came, top and left of the crop
             in the reduced picture, height and width of the crop. They are what Stable Diffusion XL is told
             (`StableDiffusionXLPipeline`, original_size + crops_coords_top_left + target_size).
+        buckets: as `bucket_sizes` gives them; None: the square alone. With them time_ids are always there; without
+            `sizes` those of an uncropped picture of the bucket's size.
 
     Raises:
         BadSampleError: there is no picture or it is broken, or the caption is missing or empty.
@@ -49,11 +60,13 @@ def decode_picture(
     if not caption:
         raise BadSampleError("no caption", "the member .txt is missing or empty")
     place = 0.5 if crop == "center" else _drawn_place(sample["__key__"], seed)
-    cut = _cut(sample, resolution, channels=3, place=place)
+    cut = _cut(sample, buckets or [(resolution, resolution)], channels=3, place=place)
     decoded = {"key": sample["__key__"], "caption": caption, "pixels": cut.pixels}
+    size = cut.pixels.shape[1:]
     if sizes:
-        numbers = [*cut.original_size, *cut.corner, resolution, resolution]
-        decoded["time_ids"] = torch.tensor(numbers, dtype=torch.int64)
+        decoded["time_ids"] = torch.tensor([*cut.original_size, *cut.corner, *size], dtype=torch.int64)
+    elif buckets is not None:
+        decoded["time_ids"] = torch.tensor([*size, 0, 0, *size], dtype=torch.int64)
     return decoded
 
 
@@ -76,7 +89,8 @@ def decode_class_picture(sample: Sample, *, resolution: int, channels: int, num_
     if channels not in _MODES:
         raise DataError(f"channels={channels}: pictures with a class are read with 1 (grey) or 3 (RGB)")
     label = torch.tensor(_label(sample, num_classes), dtype=torch.int64)
-    return {"key": sample["__key__"], "label": label, "pixels": _cut(sample, resolution, channels=channels).pixels}
+    cut = _cut(sample, [(resolution, resolution)], channels=channels)
+    return {"key": sample["__key__"], "label": label, "pixels": cut.pixels}
 
 
 def _label(sample: Sample, num_classes: int) -> int:
@@ -94,7 +108,7 @@ def _label(sample: Sample, num_classes: int) -> int:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A picture cut to a square: pixels (C, side, side), its size as it came, and top and left of the cut."""
+    """A picture cut to a size: pixels (C, height, width), its size as it came, and top and left of the cut."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]  # height and width
@@ -106,42 +120,42 @@ def _drawn_place(key: str, seed: int) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def _cut(sample: Sample, resolution: int, *, channels: int, place: float = 0.5) -> _Cut:
+def _cut(sample: Sample, sizes: Sequence[Size], *, channels: int, place: float = 0.5) -> _Cut:
     data = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
     if data is None:
         raise BadSampleError("no picture", f"none of the members .{', .'.join(EXTENSIONS)} is there")
-    plain = _plain_jpeg(data, resolution)
+    plain = _plain_jpeg(data, sizes)
     if plain is None:
         picture = _picture(data)
         original = (picture.height, picture.width)
     else:
         pixels, original = plain
         picture = Image.fromarray(pixels)
-    scale = resolution / min(original)
-    height, width = (max(resolution, round(side * scale)) for side in original)
-    corner = (int((height - resolution) * place), int((width - resolution) * place))
-    if plain is not None and channels == 3 and min(pixels.shape[:2]) == resolution:
-        top, left = corner
-        cut = pixels[top : top + resolution, left : left + resolution]
-        return _Cut(_channels_first(cut), original, corner)
+    size = bucket_of(original[1], original[0], sizes)
+    target = (size[1], size[0])
+    scale = max(wanted / side for wanted, side in zip(target, original, strict=True))
+    reduced = tuple(max(wanted, round(side * scale)) for wanted, side in zip(target, original, strict=True))
+    top, left = (int((side - wanted) * place) for wanted, side in zip(target, reduced, strict=True))
+    if plain is not None and channels == 3 and pixels.shape[:2] == reduced:
+        cut = pixels[top : top + target[0], left : left + target[1]]
+        return _Cut(_channels_first(cut), original, (top, left))
     picture = picture.convert(_MODES[channels])
-    if picture.size != (resolution, resolution):
-        side = (resolution, resolution)
-        picture = ImageOps.fit(picture, side, Image.Resampling.LANCZOS, centering=(place, place))
+    if picture.size != size:
+        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=(place, place))
     cropped = np.array(picture)
-    return _Cut(torch.from_numpy(cropped)[None] if channels == 1 else _channels_first(cropped), original, corner)
+    return _Cut(torch.from_numpy(cropped)[None] if channels == 1 else _channels_first(cropped), original, (top, left))
 
 
 def _channels_first(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _plain_jpeg(data: bytes | bytearray, resolution: int) -> tuple[NDArray[np.uint8], tuple[int, int]] | None:
+def _plain_jpeg(data: bytes | bytearray, sizes: Sequence[Size]) -> tuple[NDArray[np.uint8], tuple[int, int]] | None:
     """Return the pixels (H, W, 3) of a JPEG that needs no turning and no conversion, and its height and width as it
     came; None for everything else.
 
     They are bit for bit those that Pillow gives, in about half its time; but from a picture of at least four times the
-    resolution, at half, a quarter or an eighth of its size, which the decoder has for less than the whole.
+    size, at half, a quarter or an eighth of its size, which the decoder has for less than the whole.
     """
     if data[:2] != b"\xff\xd8" or any(data.find(mark, 0, _HEAD_BYTES) >= 0 for mark in _MAY_BE_TURNED):
         return None
@@ -149,8 +163,8 @@ def _plain_jpeg(data: bytes | bytearray, resolution: int) -> tuple[NDArray[np.ui
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
             return None
-        shorter = min(height, width)
-        side = {"min_height": 2 * resolution, "min_width": 2 * resolution} if shorter >= 4 * resolution else {}
+        wide, high = bucket_of(width, height, sizes)
+        side = {"min_height": 2 * high, "min_width": 2 * wide} if height >= 4 * high and width >= 4 * wide else {}
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_factor=2 if side else 1, **side)
     except ValueError:  # what is wrong with it, if anything is, Pillow shall say
         return None

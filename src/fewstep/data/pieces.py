@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fewstep.data.disk_cache import DiskCache
 from fewstep.data.shards import Shard
-from fewstep.data.tar_piece import LEAD_BYTES, PieceContent, RawSample, parse_piece
+from fewstep.data.tar_piece import LEAD_BYTES, PieceContent, RawSample, parse_piece, parse_sample
 from fewstep.errors import DataError
 from fewstep.storage import ObjectNotFoundError, Storage
 
@@ -43,6 +43,8 @@ class PieceSource(Protocol):
     """Where pieces come from."""
 
     def load(self, shard: Shard, start: int, end: int) -> LoadedPiece: ...
+
+    def load_sample(self, shard: Shard, start: int, end: int) -> LoadedPiece: ...
 
 
 class PieceReader:
@@ -83,11 +85,7 @@ class PieceReader:
                 return LoadedPiece([], 0, _share(shard, start, end), MISSING, str(error))
             data = data + part.data if data else part.data
             size_bytes = part.size_bytes
-            if size_bytes > shard.size_bytes:
-                raise DataError(
-                    f"{shard.uri} has {size_bytes} bytes, but the list of shards says {shard.size_bytes}: it was "
-                    "written again. Write its index again, or list the shards anew"
-                )
+            _check_size(shard, size_bytes)
             if start >= size_bytes:
                 why = f"it ends before byte {start} of {shard.size_bytes}"
                 return LoadedPiece([], 0, _share(shard, start, end), CUT_SHORT, why)
@@ -102,6 +100,21 @@ class PieceReader:
         if self._disk is not None and content.damage is None:
             self._disk.put(shard, start, end, data)
         return self._loaded(shard, start, end, data, content)
+
+    def load_sample(self, shard: Shard, start: int, end: int) -> LoadedPiece:
+        """Return the one sample at the bytes `start` to `end` of a shard, or none, and why, where it is not there.
+
+        Read from the store and kept nowhere. Raises what `load` raises.
+        """
+        try:
+            part = self._storage.read_range(shard.uri, start, end, etag=shard.etag or None)
+        except ObjectNotFoundError as error:
+            return LoadedPiece([], 0, 1, MISSING, str(error))
+        _check_size(shard, part.size_bytes)
+        sample = parse_sample(part.data, start=start) if len(part.data) == end - start else None
+        if sample is None:
+            return LoadedPiece([], 0, 1, CUT_SHORT, f"no whole sample at the bytes {start} to {end}")
+        return LoadedPiece([sample], len(part.data))
 
     def _loaded(
         self, shard: Shard, start: int, end: int, data: bytes | bytearray, content: PieceContent
@@ -144,6 +157,18 @@ class PieceMemory:
                 self._left_bytes -= loaded.size_bytes
                 self._kept[place] = loaded
         return loaded
+
+    def load_sample(self, shard: Shard, start: int, end: int) -> LoadedPiece:
+        """Return the sample of the source; raises what that raises."""
+        return self._source.load_sample(shard, start, end)
+
+
+def _check_size(shard: Shard, size_bytes: int) -> None:
+    if size_bytes > shard.size_bytes:
+        raise DataError(
+            f"{shard.uri} has {size_bytes} bytes, but the list of shards says {shard.size_bytes}: it was written "
+            "again. Write its index again, or list the shards anew"
+        )
 
 
 def _share(shard: Shard, start: int, end: int) -> int:

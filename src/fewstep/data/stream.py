@@ -3,7 +3,8 @@
 Every global batch holds ``global_batch_size / num_streams`` samples of each canonical stream (`order.py`). The state
 after a batch is, for each stream, its position [epoch, block, place], where place counts the samples *attempted* in
 that block: a broken sample takes a place too, so skipping one shifts nothing. Where there are several sources, it is
-such a position in each of them, and the rows drawn of it (`mixed_stream.py`).
+such a position in each of them, and the rows drawn of it (`mixed_stream.py`). Where samples are of several shapes, the
+samples that wait for their group belong to it too (`grouped.py`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from fewstep.storage import Storage
 class Batch:
     """The samples of one worker for one update.
 
-    data: tensors on the CPU, stacked on dim 0, or lists; rows: the number of each sample within the global batch;
-    state: the position after this batch (JSON-able); counts: samples skipped so far, by reason; drawn: rows so far of
-    each source, since the training began, where there are several.
+    data: tensors on the CPU, stacked on dim 0, or lists (of tensors too, where groups of rows have unlike shapes);
+    rows: the number of each sample within the global batch; state: the position after this batch (JSON-able); counts:
+    samples skipped so far, by reason; drawn: rows so far of each source, since the training began, where there are
+    several.
     """
 
     data: dict[str, Any]
@@ -97,6 +99,8 @@ class ShardStream:
         global_batch_size: samples of all workers together.
         seed: of the order.
         rank, world_size: which of how many workers this is.
+        group_by: name of a tensor whose shape differs between samples: each stream then gives its rows of a batch in
+            one shape, and samples wait until they make a group (`grouped.py`); None: all samples are of one shape.
 
     Raises:
         DataError: the numbers do not fit together.
@@ -113,7 +117,9 @@ class ShardStream:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        group_by: str | None = None,
     ) -> None:
+        self._grouped = group_by is not None
         self._mixed = mixed = shards if isinstance(shards, MixedShards) else MixedShards.of(shards)
         for name, of_source in zip(mixed.names, mixed.shards, strict=True):
             check_streams(
@@ -141,6 +147,7 @@ class ShardStream:
             connections=settings.connections,
             cache_bytes=settings.cache_bytes // max(1, settings.loader_processes),
             disk_cache=(settings.disk_cache, settings.disk_cache_bytes) if settings.disk_cache is not None else None,
+            group_by=group_by,
         )  # fmt: skip
         known = [known_samples(of_source) for of_source in mixed.shards]
         self._parts = [
@@ -174,7 +181,7 @@ class ShardStream:
             )
         own = [stream for part in self._parts for stream in part.streams]
         num_streams = self._settings.num_streams
-        streams: Mapping[str, Sequence[int]] = state.get("streams", {})
+        streams: Mapping[str, Any] = state.get("streams", {})
         missing = [stream for stream in own if str(stream) not in streams]
         strange = [name for name in streams if not name.isdigit() or int(name) >= num_streams]
         if missing or strange:
@@ -184,7 +191,9 @@ class ShardStream:
             )
         for part in self._parts:
             part.streams = {
-                stream: StreamState.from_json(streams[str(stream)], stream=stream, num_sources=len(self._mixed.names))
+                stream: StreamState.from_json(
+                    streams[str(stream)], stream=stream, num_sources=len(self._mixed.names), grouped=self._grouped
+                )
                 for stream in part.streams
             }
 
@@ -218,10 +227,10 @@ class ShardStream:
             for counts in part.after.counts:
                 for reason, count in counts.by_reason().items():
                     skipped[reason] = skipped.get(reason, 0) + count
-        drawn = [sum(each) for each in zip(*(state.drawn for state in states.values()), strict=True)]
-        streams = {str(stream): state.to_json() for stream, state in states.items()}
+        drawn = [sum(each) for each in zip(*(state.given for state in states.values()), strict=True)]
+        streams = {str(stream): state.to_json(grouped=self._grouped) for stream, state in states.items()}
         return Batch(
-            data=join_batches([part.data for part in parts]),
+            data=join_batches([data for part in parts for data in part.data], grouped=self._grouped),
             rows=[row for part in parts for row in part.rows],
             state={"streams": streams} | ({} if sources is None else {"sources": sources}),
             counts=skipped,

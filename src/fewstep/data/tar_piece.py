@@ -41,11 +41,15 @@ class RawSample:
         key: name up to the first dot.
         members: bytes by extension, in lower case; views of the piece that was read.
         offset: byte of the shard at which the header of its first member lies.
+        start, end: bytes of the shard that hold all of it: from the first header, long ones before that included, to
+            the padding of its last member.
     """
 
     key: str
     members: dict[str, memoryview]
     offset: int
+    start: int
+    end: int
 
 
 @dataclass
@@ -83,11 +87,27 @@ def parse_piece(data: bytes | bytearray, *, base: int, start: int, end: int, siz
     return _Parser(data, base=base, start=start, end=end, size_bytes=size_bytes).run()
 
 
+def parse_sample(data: bytes | bytearray, *, start: int) -> RawSample | None:
+    """Return the one sample whose bytes, from its `start` to its `end`, these are; None if they are not.
+
+    Raises:
+        DataError: it has two members of the same name.
+    """
+    tar = bytes(data) + 2 * _ZERO_BLOCK
+    content = parse_piece(tar, base=0, start=0, end=len(tar), size_bytes=len(tar))
+    if len(content.samples) != 1 or content.damage is not None:
+        return None
+    (sample,) = content.samples
+    return RawSample(sample.key, sample.members, start + sample.offset, start + sample.start, start + sample.end)
+
+
 @dataclass(slots=True)
 class _Member:
     offset: int
     name: str
     data: memoryview
+    start: int
+    end: int
 
 
 class _NeedMoreError(Exception):
@@ -136,7 +156,7 @@ class _Parser:
                 skipping = False
             if current is None or current.key != key:
                 self._close(current, whole=True)
-                current = RawSample(key, {}, member.offset)
+                current = RawSample(key, {}, member.offset, member.start, member.end)
             extension = extension.lower()
             if extension in current.members:
                 raise DataError(
@@ -144,6 +164,7 @@ class _Parser:
                     "its own."
                 )
             current.members[extension] = member.data
+            current.end = member.end
         self._close(current, whole=self._content.damage is None)
 
     def _close(self, sample: RawSample | None, *, whole: bool) -> None:
@@ -163,6 +184,7 @@ class _Parser:
         at = 0 if self._base == 0 else self._next_header(0)
         name: str | None = None
         size: int | None = None
+        first: int | None = None  # where the long headers of the next member begin
         while at is not None:
             if self._base + at >= self._size_bytes:
                 self._damaged("no end mark", 0)
@@ -182,7 +204,7 @@ class _Parser:
                 at = self._next_header(at + BLOCK)
                 self._damaged(f"{what} at byte {self._base + begun}", (self._length() if at is None else at) - begun)
                 yield None
-                name = size = None
+                name = size = first = None
                 continue
             kind = header[156:157]
             length = 0 if kind in _NO_DATA else _number(header[124:136]) if size is None else size
@@ -193,9 +215,12 @@ class _Parser:
                     self._damaged("it ends in a file", self._length() - at)
                     yield None
                     return
-                yield _Member(self._base + at, _name(header) if name is None else name, body)
-                name = size = None
+                begun, until = at if first is None else first, begin + (length + BLOCK - 1) // BLOCK * BLOCK
+                name = _name(header) if name is None else name
+                yield _Member(self._base + at, name, body, self._base + begun, self._base + until)
+                name = size = first = None
             elif kind in b"xL":
+                first = at if first is None else first
                 body = self._take(begin, begin + length)
                 if body is None:
                     self._damaged("it ends in a header", self._length() - at)
@@ -209,9 +234,9 @@ class _Parser:
                     except ValueError:
                         self._damaged(f"a damaged header at byte {self._base + at}", 0)
                         yield None
-                        name = size = None
+                        name = size = first = None
             else:
-                name = size = None
+                name = size = first = None
             at = begin + (length + BLOCK - 1) // BLOCK * BLOCK
 
     def _only_zeros(self, at: int) -> bool:

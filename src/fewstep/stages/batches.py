@@ -32,10 +32,13 @@ class SampleFormat:
         kind: "latents" (latent shards) or "class_pictures" (picture shards with .cls).
         options: keyword arguments of the decoder; or, of latents without text, "tokenizers": part of the condition ->
             (MODEL, sub-folder of its tokenizer).
+        group_by: the tensor whose shape rows of a micro-batch must share, where samples are of several shapes; see
+            `ShardStream`.
     """
 
     kind: str
     options: dict[str, Any]
+    group_by: str | None = None
 
     @property
     def has_token_ids(self) -> bool:
@@ -61,7 +64,8 @@ class SampleFormat:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
-        return {"kind": self.kind, "options": self.options}
+        grouped = {} if self.group_by is None else {"group_by": self.group_by}
+        return {"kind": self.kind, "options": self.options, **grouped}
 
 
 _TOKENIZERS = "tokenizers"
@@ -112,7 +116,7 @@ def format_batches(
 ) -> ShardStream:
     """Return batches of the samples of shards, or of a mixture, read as their format says; see `sample_batches`."""
     decode = samples.decoder(fetch=partial(fetch_model, storage=storage, tracking=tracking))
-    return sample_batches(shards, decode=decode, storage=storage, **more)
+    return sample_batches(shards, decode=decode, group_by=samples.group_by, storage=storage, **more)
 
 
 def sample_batches(
@@ -125,6 +129,7 @@ def sample_batches(
     seed: int,
     rank: int,
     world_size: int,
+    group_by: str | None = None,
 ) -> ShardStream:
     """Return batches of what `decode` makes of the samples of shards, or of a mixture."""
     return ShardStream(
@@ -136,6 +141,7 @@ def sample_batches(
         rank=rank,
         world_size=world_size,
         settings=stream,
+        group_by=group_by,
     )
 
 

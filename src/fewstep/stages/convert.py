@@ -56,6 +56,7 @@ def convert(context: StageContext) -> dict[str, Any]:
         settings=settings.train,
         seed=recipe.seed,
         num_streams=recipe.stream.num_streams,
+        grouped=context.training_format().group_by is not None,
     )
     context.run.log_params(settings)
     uri = join(storage.root, "teachers", f"convert-{fingerprint[:16]}")

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import ray
 import torch
 
+from fewstep.data.buckets import BucketSettings, bucket_sizes
 from fewstep.data.mixture import Mixture, Shards, Source, sources_of
 from fewstep.data.shards import read_index
 from fewstep.distill.tokens import TextEncoders, conditions_without_text
-from fewstep.errors import RecipeError
-from fewstep.models import Parts, load_model
+from fewstep.errors import ModelError, RecipeError
+from fewstep.models import Parts, SDXLParts, TextToImageParts, load_model
 from fewstep.recipe import Recipe, digest
 from fewstep.stages.batches import format_of, format_without_text
 from fewstep.stages.context import DATA_DIGEST_TAG, StageContext, pin_teacher
@@ -41,11 +42,17 @@ def encode(context: StageContext) -> dict[str, Any]:
         "format": format_of(parts).to_json(),
     }
     encoding = encoding_of(recipe, masks=is_inpainting)
-    without_text = encoding
+    of_training, training_format = encoding, format_of(parts)
     if not recipe.encode.store_text:
         TextEncoders(parts)  # it has some
-        without_text = replace(encoding, condition_names=conditions_without_text(parts))
-        facts["training_format"] = format_without_text(parts, teacher).to_json()
+        of_training = replace(of_training, condition_names=conditions_without_text(parts))
+        training_format = format_without_text(parts, teacher)
+    if recipe.encode.buckets is not None:
+        check_takes_buckets(parts, teacher, recipe.encode.buckets)
+        of_training = replace(of_training, buckets=recipe.encode.buckets)
+        training_format = replace(training_format, group_by="latent_mean")
+    if of_training != encoding:
+        facts["training_format"] = training_format.to_json()
     source_of_teacher = TeacherSource(teacher, context.storage, context.tracker.settings)
     encoders = encoders_of(recipe, partial(_load, source_of_teacher, recipe.cluster))
     splits: tuple[Literal["train", "evaluate"], ...] = ("train", "evaluate")
@@ -62,6 +69,7 @@ def encode(context: StageContext) -> dict[str, Any]:
                 shards_digest=read_index(source.uri, storage=context.storage).digest,
                 teacher_digest=facts["teacher_digest"],
                 masks=is_inpainting,
+                square=split == "evaluate",
             )[:16]
             found.append(
                 encode_shards(
@@ -69,7 +77,7 @@ def encode(context: StageContext) -> dict[str, Any]:
                     join(context.storage.root, "latents", split, name),
                     parts=parts,
                     storage=context.storage,
-                    encoding=encoding if split == "evaluate" or recipe.encode.store_text else without_text,
+                    encoding=encoding if split == "evaluate" else of_training,
                     max_bad_share=recipe.stream.max_bad_share,
                     label=_label(f"encode {split}", source),
                     encoders=encoders if split == "train" else None,
@@ -158,6 +166,28 @@ def check_takes_sizes(parts: Parts, name: str) -> None:
             f"encode.picture_sizes=true is for models of Stable Diffusion XL's shape, and {name} takes no sizes: leave "
             "it out"
         )
+
+
+def check_takes_buckets(parts: Parts, name: str, settings: BucketSettings) -> None:
+    """Refuse aspect-ratio buckets that a model cannot be trained on.
+
+    Raises:
+        ModelError: it diffuses pixels, is told a class or paints into holes; or its networks halve the sides of the
+            buckets until they are no whole numbers.
+        DataError: there is no bucket beside the square.
+    """
+    if not isinstance(parts, (TextToImageParts, SDXLParts)):
+        raise ModelError(
+            "encode.buckets are for models that diffuse latents and are told nothing but a caption (Stable Diffusion "
+            f"1.x and 2.x, Stable Diffusion XL), and {name} is of the family {parts.family}: leave them out"
+        )
+    least = parts.vae_scale_factor * 2 ** (len(parts.unet.config["block_out_channels"]) - 1)
+    if settings.multiple_of % least:
+        raise ModelError(
+            f"encode.buckets.multiple_of={settings.multiple_of} is no multiple of {least}, by which the VAE and the "
+            f"U-Net of {name} divide the sides of a picture: take {least * max(1, round(settings.multiple_of / least))}"
+        )
+    bucket_sizes(parts.resolution, settings)
 
 
 def _pictures(shards: str, storage: Storage) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.data.ahead import made_ahead
+from fewstep.data.buckets import BucketSettings, bucket_sizes
 from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, random_mask
 from fewstep.data.pictures import Crop
@@ -30,6 +30,9 @@ Precision = Literal["float32", "bfloat16"]
 #: Batches of decoded pictures made while the networks work.
 _AHEAD = 2
 
+#: The number of a sample within its shard; no member of it.
+_PLACE = "__place__"
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -39,6 +42,7 @@ class Encoding:
         batch_size: pictures encoded at once.
         rules: which samples are used, and what their captions are.
         crop: what is kept of a picture's longer side.
+        buckets: sizes beside the square that pictures may have; None: none.
         picture_sizes: tell a model that takes time_ids each picture's own size and crop.
         condition_names: parts of the condition (text, mask …) that are stored beside the latents; None: all.
         masks: for inpainting: how the mask of each picture is drawn; None: none is.
@@ -49,6 +53,7 @@ class Encoding:
     batch_size: int
     rules: SampleRules = NO_RULES
     crop: Crop = "center"
+    buckets: BucketSettings | None = None
     picture_sizes: bool = False
     condition_names: tuple[str, ...] | None = None
     masks: MaskSettings | None = None
@@ -182,7 +187,12 @@ class ShardEncoder:
         self._parts, self._encoding, self._storage = parts, encoding, storage
         self._counts, self._advance = counts, advance
         self._decode = picture_decoder(
-            parts, encoding.rules, crop=encoding.crop, seed=encoding.seed, sizes=encoding.picture_sizes
+            parts,
+            encoding.rules,
+            crop=encoding.crop,
+            seed=encoding.seed,
+            sizes=encoding.picture_sizes,
+            buckets=None if encoding.buckets is None else bucket_sizes(parts.resolution, encoding.buckets),
         )
 
     def encode(self, task: EncodeTask) -> dict[str, Any]:
@@ -203,7 +213,7 @@ class ShardEncoder:
                 yield sample
 
         # A shard without one sample that can be used is counted like the samples; how many may be is judged over all.
-        data = tar_of(samples())
+        data = tar_of(samples() if self._encoding.buckets is None else _in_order(samples()))
         record: dict[str, Any] = {
             "shard": None,
             "seen": counts.seen - before.seen,
@@ -240,6 +250,8 @@ class ShardEncoder:
         samples: Iterable[dict[str, Any]] = iterate_shard(
             shard, storage=self._storage, decode=self._decode, counts=counts
         )
+        if encoding.buckets is not None:
+            samples = ({**sample, _PLACE: number} for number, sample in enumerate(samples))
         if encoding.masks is not None:
             samples = _masked(samples, encoding.masks, parts.resolution, encoding.seed)
         autocast = torch.autocast(parts.device.type, dtype=torch.bfloat16, enabled=encoding.precision == "bfloat16")
@@ -256,7 +268,8 @@ class ShardEncoder:
                 mean, std = mean.cpu(), std.cpu()
                 for row, sample in enumerate(batch):
                     of_row = {name: value[row] for name, value in stored.items()}
-                    yield latent_sample(sample["key"], sample.get("caption", ""), mean[row], std[row], of_row)
+                    latents = latent_sample(sample["key"], sample.get("caption", ""), mean[row], std[row], of_row)
+                    yield latents if encoding.buckets is None else {**latents, _PLACE: sample[_PLACE]}
                 self._advance(len(batch))
 
 
@@ -298,6 +311,17 @@ def mask_of(key: str, resolution: int, *, settings: MaskSettings, seed: int) -> 
 
 
 def _batched(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch
+    """Yield the samples in batches of one size of pictures each; at most a batch of every size waits to be full."""
+    begun: dict[torch.Size, list[dict[str, Any]]] = {}
+    for sample in samples:
+        shape = sample["pixels"].shape
+        batch = begun.setdefault(shape, [])
+        batch.append(sample)
+        if len(batch) == size:
+            yield begun.pop(shape)
+    yield from begun.values()
+
+
+def _in_order(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return latent samples in the order of their pictures, whatever sizes were encoded together."""
+    return sorted(samples, key=lambda sample: int(sample[_PLACE]))

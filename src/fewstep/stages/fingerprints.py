@@ -88,7 +88,9 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
     )
 
 
-def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: str, masks: bool = False) -> str:
+def latents_fingerprint(
+    recipe: Recipe, *, shards_digest: str, teacher_digest: str, masks: bool = False, square: bool = False
+) -> str:
     """Return a digest of the latents that a teacher gives of picture shards, both named by their content.
 
     Args:
@@ -96,8 +98,11 @@ def latents_fingerprint(recipe: Recipe, *, shards_digest: str, teacher_digest: s
         shards_digest: digest of the index of the picture shards.
         teacher_digest: `folder_digest` of the teacher.
         masks: masks are drawn for the pictures, which depend on the recipe's seed.
+        square: whatever buckets there are, these are of square pictures, as held-out ones are.
     """
     settings = _of_encode(recipe)
+    if square:
+        settings.pop("buckets", None)
     if not masks:
         del settings["masks"]
     inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
@@ -122,6 +127,8 @@ def data_digest(recipe: Recipe, *, shards_digests: Sequence[str], resolution: in
     }  # fmt: skip
     if recipe.encode.crop == "random":
         transform["seed"] = recipe.seed
+    if recipe.encode.buckets is not None:
+        transform["buckets"] = _dump(recipe.encode.buckets)
     return digest(
         {
             "shards": [list(each) for each in zip(shards_digests, shares, strict=True)],
@@ -225,7 +232,7 @@ def _of_encode(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of encode that its latents depend on; what came later only where it is not as before."""
     settings: dict[str, Any] = _dump(recipe.encode)
     del settings["encoders"]
-    for key, before in (("precision", "float32"), ("store_text", True)):
+    for key, before in (("precision", "float32"), ("store_text", True), ("buckets", None)):
         if settings[key] == before:
             del settings[key]
     return settings

@@ -73,6 +73,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
         settings=settings.train,
         seed=recipe.seed,
         num_streams=recipe.stream.num_streams,
+        grouped=context.training_format().group_by is not None,
     )
     context.run.log_params(settings)
     uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")

@@ -116,6 +116,7 @@ def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[
             settings=train,
             seed=recipe.seed + steps,
             num_streams=recipe.stream.num_streams,
+            grouped=context.training_format().group_by is not None,
             tags=lineage(),
         )
         uri = join(storage.root, "students", f"{name.replace(' ', '-')}-{info.fingerprint[:16]}")

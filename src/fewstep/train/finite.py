@@ -94,11 +94,20 @@ class FiniteCheck:
 
 
 def _in_words(worker: int, position: dict[str, Any], rows: list[int], keys: list[Any] | None) -> str:
-    words = f"worker {worker}, rows {_ranges(rows)}, ending at data position {json.dumps(position)}"
+    words = f"worker {worker}, rows {_ranges(rows)}, ending at data position {json.dumps(_shortened(position))}"
     if keys:
         more = f" and {len(keys) - _MAX_KEYS} more" if len(keys) > _MAX_KEYS else ""
         words += f", samples {', '.join(str(key) for key in keys[:_MAX_KEYS])}{more}"
     return words
+
+
+def _shortened(position: dict[str, Any]) -> dict[str, Any]:
+    """Return a data position without the samples that wait for their group, which may be hundreds."""
+    return {
+        name: _shortened(value) if isinstance(value, dict) else value
+        for name, value in position.items()
+        if name != "waiting"
+    }
 
 
 def _ranges(rows: list[int]) -> str:

@@ -40,6 +40,8 @@ class TrainJob:
         settings: the training's settings.
         seed: seed of every random number of the training.
         num_streams: canonical streams of the batches, which the workers share equally; None: any number can read them.
+        grouped: the rows of each stream in a batch have a shape of their own, so that no micro-batch may have rows of
+            two streams.
         tags: stored beside the result.
 
     The three callables must be picklable: `functools.partial` of module-level functions.
@@ -53,7 +55,13 @@ class TrainJob:
     settings: TrainSettings
     seed: int = 0
     num_streams: int | None = None
+    grouped: bool = False
     tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows_of_one_shape(self) -> int | None:
+        """How many rows of a batch, one group after another, have one shape; None: all have."""
+        return self.settings.global_batch_size // (self.num_streams or 1) if self.grouped else None
 
 
 @dataclass(frozen=True, kw_only=True)

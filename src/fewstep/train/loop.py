@@ -22,7 +22,7 @@ from fewstep.train.optimiser import clip_gradients, make_optimizer, set_learning
 from fewstep.train.parallel import gathered, gradient_sync, load_network, load_optimizer
 from fewstep.train.precision import resolve_precision
 from fewstep.train.prepare import compile_network, prepare_frozen, prepare_network
-from fewstep.train.settings import TrainSettings, wrong_micro_batch
+from fewstep.train.settings import TrainSettings, wrong_group, wrong_micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def train(job: TrainJob, host: Host) -> Trained:
     settings = job.settings
     device = host.device
     rows_per_worker = _rows_per_worker(settings, host)
-    micro_batches = _micro_batches(settings, rows_per_worker)
+    micro_batches = _micro_batches(job, rows_per_worker)
 
     torch.manual_seed(job.seed)
     objective = job.objective(device)
@@ -113,7 +113,7 @@ def train(job: TrainJob, host: Host) -> Trained:
             random = RowRandom(seed=job.seed, step=update, rows=batch.rows[rows], device=device)
             with gradient_sync(model, on=rows is micro_batches[-1]):
                 with autocast:
-                    loss, figures = objective.loss(model, _take(data, rows, of=rows_per_worker), random)
+                    loss, figures = objective.loss(model, _take(data, rows, of=rows_per_worker, device=device), random)
                 (loss / len(micro_batches)).backward()  # a mean over the rows, as all micro-batches have as many
             readings.append({**figures, "loss": loss.detach()})
         grad_norm = clip_gradients(parameters, settings.grad_clip_norm)
@@ -179,19 +179,26 @@ def _rows_per_worker(settings: TrainSettings, host: Host) -> int:
     return rows
 
 
-def _micro_batches(settings: TrainSettings, rows_per_worker: int) -> list[slice]:
-    size = settings.micro_batch_size or rows_per_worker
+def _micro_batches(job: TrainJob, rows_per_worker: int) -> list[slice]:
+    group = job.rows_of_one_shape
+    size = job.settings.micro_batch_size or group or rows_per_worker
+    if group is not None and group % size:
+        raise DataError(wrong_group(size, group, job.settings.global_batch_size))
     if rows_per_worker % size:
         raise DataError(wrong_micro_batch(size, rows_per_worker))
     return [slice(start, start + size) for start in range(0, rows_per_worker, size)]
 
 
-def _take(data: dict[str, Any], rows: slice, *, of: int) -> dict[str, Any]:
-    """Return the named rows of a batch; what is not one entry for each row belongs to every micro-batch."""
+def _take(data: dict[str, Any], rows: slice, *, of: int, device: torch.device) -> dict[str, Any]:
+    """Return the named rows of a batch, stacked on the device where groups of them have unlike shapes; what is not one
+    entry for each row belongs to every micro-batch."""
 
     def take(value: Any) -> Any:
         by_row = (isinstance(value, Tensor) and value.dim() > 0) or isinstance(value, list)
-        return value[rows] if by_row and len(value) == of else value
+        if not by_row or len(value) != of:
+            return value
+        taken = value[rows]
+        return _move(torch.stack(taken), device) if isinstance(taken, list) and isinstance(taken[0], Tensor) else taken
 
     return {name: take(value) for name, value in data.items()}
 
@@ -204,14 +211,14 @@ def _mean(readings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _to_device(data: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # From pinned memory the copy runs beside the computation; from pageable memory it would wait for it.
-        pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
-        return pinned.to(device, non_blocking=True)
+    # Lists of tensors are moved by `_take`, a copy for each micro-batch instead of one for each row.
+    return {name: _move(value, device) if isinstance(value, Tensor) else value for name, value in data.items()}
 
-    return {name: move(value) for name, value in data.items()}
+
+def _move(value: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory the copy runs beside the computation; from pageable memory it would wait for it.
+    pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
+    return pinned.to(device, non_blocking=True)
 
 
 def _wrong_batch(job: TrainJob, update: int, wanted: int, got: int | None) -> str:

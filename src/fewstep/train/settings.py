@@ -68,7 +68,8 @@ class TrainSettings(BaseModel):
         default=None,
         gt=0,
         description="rows of one worker in one forward and backward pass, whose gradients are added up to the update; "
-        "it must divide a worker's rows; null: all at once",
+        "it must divide a worker's rows; null: all at once. With encode.buckets it must divide the rows of one size of "
+        "picture, global_batch_size / stream.num_streams; null: those",
     )
     gradient_checkpointing: bool = Field(
         default=False,
@@ -150,6 +151,16 @@ def wrong_micro_batch(micro_batch_size: int, rows: int) -> str:
     return (
         f"micro_batch_size={micro_batch_size} does not divide the {rows} rows that are to be shared out equally; "
         f"sizes that do: {possible}"
+    )
+
+
+def wrong_group(micro_batch_size: int, group: int, global_batch_size: int) -> str:
+    """Return the message for a micro-batch that does not divide the rows of one shape in a batch."""
+    possible = ", ".join(str(size) for size in range(1, group + 1) if group % size == 0)
+    return (
+        f"micro_batch_size={micro_batch_size} does not divide the {group} rows of one shape that each of the "
+        f"{global_batch_size // group} streams gives to global_batch_size={global_batch_size} where latents are in "
+        f"buckets: take {possible} or null, or another stream.num_streams"
     )
 
 

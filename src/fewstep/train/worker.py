@@ -104,9 +104,10 @@ def _in_words(error: Exception, job: TrainJob, host: RayHost) -> FewstepError | 
 def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> FewstepError:
     settings = job.settings
     rows = settings.global_batch_size // world_size
+    at_once = settings.micro_batch_size or job.rows_of_one_shape or rows
     return FewstepError(
         f"{job.name}: the GPU's memory is full ({str(error).splitlines()[0]}). A worker has {rows} of "
-        f"global_batch_size={settings.global_batch_size}, {settings.micro_batch_size or rows} of them at once, with "
+        f"global_batch_size={settings.global_batch_size}, {at_once} of them at once, with "
         f"precision: {settings.precision}, strategy: {settings.strategy} and gradient_checkpointing: "
         f"{str(settings.gradient_checkpointing).lower()}. Take a smaller micro_batch_size, gradient_checkpointing, "
         "bfloat16, ema_device: cpu, or more workers (cluster.num_workers), with strategy: fsdp if the weights alone "

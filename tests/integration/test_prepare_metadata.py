@@ -22,8 +22,9 @@ from fewstep.cli import main
 from fewstep.data.samples import FieldFilter
 from fewstep.data.shards import read_index
 from fewstep.data.source import SampleCounts, iterate_samples
-from fewstep.errors import DataError
+from fewstep.errors import DataError, FewstepError
 from fewstep.recipe import Recipe, parse_recipe
+from fewstep.stages.fingerprints import split_fingerprint
 from fewstep.stages.metadata import download_split, select_rows
 from fewstep.storage import Storage, join
 from fewstep.tracking.settings import TrackingSettings
@@ -278,3 +279,45 @@ def test_without_img2dataset_it_is_told_how_to_get_it(
             selection.parts, bucket_uri, settings=settings, storage=storage, cluster=recipe.cluster, label="x"
         )
     shutil.rmtree(tmp_path)
+
+
+def test_more_cpus_than_there_are_are_refused(recipe: Recipe, storage: Storage, bucket_uri: str) -> None:
+    assert recipe.prepare_metadata is not None
+    many = recipe.prepare_metadata.download.model_copy(update={"processes": 64})
+    settings = recipe.prepare_metadata.model_copy(update={"download": many})
+    selection = select_rows(settings, splits=("evaluate",), storage=storage, cluster=recipe.cluster)
+    with pytest.raises(
+        FewstepError, match=r"takes 64 CPUs \(prepare_metadata.download.processes\), and this Ray has 2"
+    ):
+        download_split(
+            selection.parts, bucket_uri, settings=settings, storage=storage, cluster=recipe.cluster, label="x"
+        )
+
+
+def test_records_of_other_rows_do_not_count(facts: dict[str, Any], recipe: Recipe, storage: Storage, web: Any) -> None:
+    """As when the source changes between a run that was stopped and the next: parts keep their names."""
+    assert recipe.prepare_metadata is not None
+    settings, cluster = recipe.prepare_metadata, recipe.cluster
+    parts = select_rows(settings, splits=("train", "evaluate", "alignment"), storage=storage, cluster=cluster).parts
+    uri = facts["alignment"]["uri"]
+    own = [part for part in parts if part.split == "alignment"]
+    record = join(uri, "records", f"{own[0].name}.json")
+    storage.write_json(record, {**storage.read_json(record), "part": "of other rows"})
+    web.asked.clear()
+    done = download_split(own, uri, settings=settings, storage=storage, cluster=cluster, label="again")
+    assert len(web.asked) == own[0].num_rows
+    assert done.facts == facts["alignment"]
+    assert storage.read_json(record)["part"] == own[0].digest
+
+
+def test_which_rows_are_held_out_is_part_of_their_address(recipe: Recipe) -> None:
+    assert recipe.prepare_metadata is not None
+
+    def addresses(**changes: Any) -> list[str]:
+        settings = recipe.prepare_metadata.model_copy(update={"num_train": 50, **changes})  # type: ignore[union-attr]
+        changed = recipe.model_copy(update={"prepare_metadata": settings})
+        return [split_fingerprint(changed, split) for split in ("train", "alignment", "evaluate")]
+
+    before, more = addresses(), addresses(num_evaluate=30)
+    assert [first == second for first, second in zip(before, more, strict=True)] == [True, False, False]
+    assert addresses(at_once=3) == before

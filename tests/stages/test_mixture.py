@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from fewstep.bench.workload import recipe_train_workload
 from fewstep.data.mixture import Mixture
 from fewstep.data.samples import CaptionSource, FieldFilter
 from fewstep.data.shards import write_shards
+from fewstep.errors import RecipeError
 from fewstep.models import load_model
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact, StageContext, find_artifact, fingerprint
@@ -263,3 +265,13 @@ def test_the_data_have_one_digest_that_names_shards_filters_transform_and_weight
     ]  # fmt: skip
     found_digests = {digest(each) for each in other} | {digest(recipe, ("a", "c")), digest(recipe, resolution=32)}
     assert len(found_digests | {digest(recipe)}) == len(other) + 3
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_encoded(
+    recipe_of: Callable[..., Recipe], workplace: Workplace, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    recipe = recipe_of({"late": 1}, stages=["encode"], cluster={"use_gpu": True}, seed=77)
+    with pytest.raises(RecipeError, match=r"cluster\.use_gpu=true, and this machine has no GPU"):
+        run_stage("encode", recipe, workplace, out=tmp_path)

@@ -62,7 +62,7 @@ def read_rates(path: Path) -> Rates:
             "pictures_px": result["settings"]["resolution"],
             "latent_bytes_per_s": median(result["latents"]["rates"]["fewstep"]) * result["latents"]["bytes"],
         }
-        chosen = result["metadata"]
+        chosen = dict(result["metadata"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FewstepError(
             f"--rates {path} is not what `fewstep bench data --json` prints ({error!r}): write that into a file, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -121,6 +122,11 @@ def encoders_of(recipe: Recipe, load: Callable[[], Parts]) -> Encoders | None:
     cluster, asked = recipe.cluster, recipe.encode.encoders
     gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
     use_gpu = gpus > 0 if cluster.use_gpu == "auto" else cluster.use_gpu
+    alone = cluster.address is None and "RAY_ADDRESS" not in os.environ
+    if use_gpu and not gpus and alone and not torch.cuda.is_available():
+        raise RecipeError(
+            "cluster.use_gpu=true, and this machine has no GPU: set it to auto or false, or name a cluster with GPUs"
+        )
     if asked != "auto":
         return Encoders(load, asked, use_gpu)
     count = gpus if cluster.num_workers == "auto" else cluster.num_workers

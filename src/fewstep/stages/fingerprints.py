@@ -271,6 +271,8 @@ def split_fingerprint(recipe: Recipe, split: Split) -> str:
     others = {f"num_{other}" for other in SPLITS if other != split}
     if recipe.prepare_metadata is not None and recipe.prepare_metadata.num_train is None:
         others = set()  # training takes what the others leave
+    if recipe.prepare_metadata is not None and split == "alignment":
+        others.discard("num_evaluate")  # it lies before those
     return digest({"settings": _without(_source(recipe, split), others), "format": _FORMAT})
 
 

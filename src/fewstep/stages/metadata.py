@@ -74,8 +74,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class DownloadedPart:
-    """What became of a part; shard is None when none of its pictures could be had."""
+    """What became of a part, named by its digest; shard is None when none of its pictures could be had."""
 
+    part: str
     shard: dict[str, Any] | None
     attempted: int
     failures: dict[str, int]
@@ -224,6 +225,8 @@ def download_split(
     there = {info.uri for info in storage.list(join(target, "records"))}
     known = [number for number, uri in enumerate(uris) if uri in there]
     found = dict(zip(known, _load_all(DownloadedPart, [uris[number] for number in known], storage), strict=True))
+    # The source may have changed since a run that was stopped: a part of the same name has other rows then.
+    found = {number: each for number, each in found.items() if each.part == parts[number].digest}
     missing = [number for number in range(len(parts)) if number not in found]
     done = sum(parts[number].num_rows for number in found)
     with Progress(label, sum(part.num_rows for part in parts), "pictures", done=done) as progress:
@@ -334,18 +337,20 @@ def _download_part(
             shard = {
                 "name": name, "num_samples": fetched.succeeded, "size_bytes": len(data), "sha256": sha256
             }  # fmt: skip
-    result = DownloadedPart(shard, fetched.attempted, fetched.failures, fetched.seconds)
-    if not storage.write_bytes(record_uri, json.dumps(asdict(result)).encode(), if_absent=True):
+    result = DownloadedPart(part.digest, shard, fetched.attempted, fetched.failures, fetched.seconds)
+    while not storage.write_bytes(record_uri, json.dumps(asdict(result)).encode(), if_absent=True):
         first = _load(DownloadedPart, record_uri, storage)
-        if shard is not None and (first.shard is None or first.shard["name"] != shard["name"]):
-            storage.delete(join(target, shard["name"]))
-        return first
+        if first.part == part.digest:
+            if shard is not None and (first.shard is None or first.shard["name"] != shard["name"]):
+                storage.delete(join(target, shard["name"]))
+            return first
+        storage.delete(record_uri)  # of other rows
     return result
 
 
 def _in_metrics(reason: str) -> str:
     """Return a reason with what MLflow does not allow in the name of a metric replaced."""
-    return re.sub(r"[^A-Za-z0-9_.:/ -]", "_", reason)[:200]
+    return re.sub(r"[^A-Za-z0-9_.: -]", "_", reason)[:200]
 
 
 def _nothing_left(settings: MetadataSettings, counts: Counts) -> str:

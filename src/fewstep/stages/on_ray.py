@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -46,6 +47,13 @@ def run_tasks(
     if not arguments:
         return
     with local_ray(cluster):
+        # Ray would wait without a word for a machine that can hold such a task.
+        largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if cluster.address is None and "RAY_ADDRESS" not in os.environ and num_cpus > largest:
+            raise FewstepError(
+                f"{what}: a task takes {num_cpus:g} CPUs (prepare_metadata.download.processes), and this Ray has "
+                f"{largest:g}: set it to {max(1, int(largest))}, or cluster.num_cpus higher"
+            )
         task: Any = ray.remote(_call).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)
         running: dict[Any, int] = {}
         left = iter(enumerate(arguments))

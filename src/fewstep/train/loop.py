@@ -165,8 +165,9 @@ def train(job: TrainJob, host: Host) -> Trained:
 def _figure_name(reason: str) -> str:
     """Return what the number of samples skipped or filtered for a reason is called, in letters that MLflow takes."""
     rest = reason.removeprefix("filtered, ")
-    name = f"skipped/{reason}" if rest == reason else f"filtered/{rest}"
-    return re.sub(r"[^A-Za-z0-9_.:/ -]", "_", name)[:200]
+    # MLflow takes names for paths, and refuses one with //.
+    said = re.sub(r"[^A-Za-z0-9_.:/ -]", "_", rest).replace("//", "__").rstrip("/")
+    return f"{'skipped' if rest == reason else 'filtered'}/{said}"[:200]
 
 
 def _rows_per_worker(settings: TrainSettings, host: Host) -> int:

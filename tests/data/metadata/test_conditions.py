@@ -26,6 +26,7 @@ _TEXTS = [None, "", "en", "de", "EN", "https://a.com/x.jpg"]
         ({"min": 511.5}, [None, 1, 511, 512, 513], pa.int32()),
         ({"max": 511.5}, [None, 1, 511, 512, 513], pa.int64()),
         ({"min": -5, "max": 3e9}, [None, 0, 255], pa.uint8()),
+        ({"min": 1, "max": 1e30}, [None, 0, 2**52], pa.int64()),
         ({"one_of": ["en", "de"]}, _TEXTS, pa.string()),
         ({"one_of": ["en"], "matches": "^e"}, _TEXTS, pa.large_string()),
         ({"matches": r"^https://.*\.jpg$"}, _TEXTS, pa.string()),
@@ -55,6 +56,7 @@ def test_a_bound_of_a_narrow_column_includes_its_own_value() -> None:
         ({"min": 1}, pa.string(), "only numbers have an order"),
         ({"one_of": ["en"]}, pa.int64(), "does not fit a column of type int64"),
         ({"matches": "(?=x)"}, pa.string(), "RE2"),
+        ({"one_of": [0.5]}, pa.int64(), "a number with a fraction is never in it"),
     ],
 )
 def test_what_cannot_be_asked_of_a_column_is_said(rule: dict[str, Any], type_: pa.DataType, words: str) -> None:

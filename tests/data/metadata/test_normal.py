@@ -19,6 +19,7 @@ from fewstep.data.metadata.normal import digests, normal_captions, normal_urls
         ("https://a.com/x.jpg?id=5", "https://a.com/x.jpg?width=640&id=5&quality=80"),
         ("https://a.com/x.jpg?id=5", "https://a.com/x.jpg?id=5&fit=crop&auto=format"),
         ("https://a.com/pic.jpg", "https://a.com/pic-300x200.jpg"),
+        ("https://a.com/x.jpg", "https://a.com/x.jpg?w=300px&dpr=1.5&q=80"),
         ("https://a.com/pic.jpeg", "https://a.com/pic-1024x768.jpeg?ssl=1"),
         ("https://a.com/x", "https://a.com/x/"),
     ],
@@ -36,6 +37,9 @@ def test_addresses_of_one_picture(url: str, same: str) -> None:
         ("https://a.com/X.jpg", "https://a.com/x.jpg"),  # paths tell capitals apart
         ("https://a.com/i?id=5", "https://a.com/i?id=6"),
         ("https://a.com/i?id=5", "https://a.com/i?wid=5"),
+        ("https://a.com/images?q=tbn:AAA&usqp=CAU", "https://a.com/images?q=tbn:BBB&usqp=CAU"),
+        ("https://a.com/i?h=deadbeef", "https://a.com/i?h=cafe"),
+        ("https://a.com/i?size=large", "https://a.com/i"),
         ("https://a.com/i?show=5", "https://a.com/i?show=6"),  # ends with w=
         ("https://a.com/a-1x1.jpg", "https://a.com/a.jpg"),
         ("https://a.com/model-300x", "https://a.com/model"),

@@ -229,3 +229,17 @@ def test_more_rows_than_there_are() -> None:
         takes_of([10, 20], num_train=25, num_evaluate=5, num_alignment=1, splits=("train",))
     found = takes_of([10, 0, 20], num_train=12, num_evaluate=5, num_alignment=0, splits=("train", "evaluate"))
     assert found == [[Take("train", 0, 10)], [], [Take("train", 0, 2), Take("evaluate", 15, 20)]]
+
+
+def test_files_whose_columns_differ_in_type_and_texts_that_are_not_utf8(
+    tmp_path: Path, storage: Storage, bucket_uri: str
+) -> None:
+    broken = pa.array([b"caption \xff one", b"caption two"]).view(pa.string())
+    first = pa.table({"URL": ["https://a.com/1", "https://a.com/2"], "TEXT": broken, "WIDTH": pa.array([600, 700])})
+    second = pa.table({"URL": ["https://a.com/3"], "TEXT": ["caption three"], "WIDTH": pa.array([800.0])})
+    write([first, second], tmp_path)
+    settings = MetadataSettings(source=f"file://{tmp_path}", filters=[{"field": "WIDTH", "min": 512}])
+    _, found = chosen(settings, storage, bucket_uri)
+    assert {row["caption"]: row["WIDTH"] for row in found["train"]} == {
+        "caption \ufffd one": 600, "caption two": 700, "caption three": 800
+    }  # fmt: skip

@@ -84,4 +84,5 @@ def gather(spans: Sequence[Span], *, storage: Storage) -> pa.Table | None:
                 f"{span.uri}, bytes {span.start} to {span.end}, is damaged ({error}): delete the folder that it lies "
                 "in, and run prepare again"
             ) from error
-    return pa.concat_tables(tables) if tables else None
+    # A column may be of whole numbers in one file and, for its gaps, of others in the next.
+    return pa.concat_tables(tables, promote_options="permissive") if tables else None

@@ -91,14 +91,16 @@ def _bound(value: float, type_: pa.DataType, rounded: Any) -> pa.Scalar:
         try:
             return pa.scalar(rounded(value), type_)
         except (pa.ArrowInvalid, OverflowError):  # outside the type, so it excludes all or nothing
-            return pa.scalar(float(value))
-    return pa.scalar(float(value))
+            pass
+    return pa.scalar(float(value), pa.float64())
 
 
 def _values(rule: FieldFilter, type_: pa.DataType) -> pa.Array:
     assert rule.one_of is not None
     inner = type_.value_type if pa.types.is_dictionary(type_) else type_
     try:
+        if pa.types.is_integer(inner) and any(isinstance(each, float) and each % 1 for each in rule.one_of):
+            raise pa.ArrowInvalid("a number with a fraction is never in it")
         return pa.array(list(rule.one_of), inner)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
         raise DataError(

@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 # Parameters that say how large or in which form a picture is sent, or who sent the visitor; not which picture it is.
 _SAME_PICTURE = (
-    r"utm_\w+|fbclid|gclid|w|h|width|height|size|resize|fit|crop|zoom|scale|q|quality|strip|ssl|auto|fm|format|dpr|"
-    r"imwidth|imheight|maxwidth|maxheight"
+    r"(?:utm_\w+|fbclid|gclid|resize|fit|crop|strip|ssl|auto|fm|format)=[^&]*|"
+    # These are also names of what is looked for, of hashes and numbers of pictures: only as a number of pixels or so.
+    r"(?:w|h|q|size|zoom|scale|width|height|quality|dpr|imwidth|imheight|maxwidth|maxheight)=\d{1,4}(?:\.\d+)?(?:px)?"
 )
 
 
@@ -26,7 +27,7 @@ def normal_urls(urls: pa.Array) -> pa.Array:
     urls = pc.replace_substring_regex(pc.utf8_trim_whitespace(urls), r"(?i)^[a-z]+:/*(www\.)?", "")
     urls = pc.replace_substring_regex(urls, r"#.*$", "")
     urls = pc.replace_substring_regex(urls, r"(?i)-\d{2,4}x\d{2,4}(\.[a-z]{3,4})(\?|$)", r"\1\2")
-    urls = pc.replace_substring_regex(urls, rf"(?i)([?&])(?:(?:{_SAME_PICTURE})=[^&]*(?:&|$))+", r"\1")
+    urls = pc.replace_substring_regex(urls, rf"(?i)([?&])(?:(?:{_SAME_PICTURE})(?:&|$))+", r"\1")
     urls = pc.replace_substring_regex(urls, r"[?&/]+$", "")
     host = pc.utf8_lower(pc.replace_substring_regex(urls, r"[/?].*$", ""))
     rest = pc.replace_substring_regex(urls, r"^[^/?]*", "")

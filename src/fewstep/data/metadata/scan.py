@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -154,6 +155,7 @@ class ParquetSource:
             file_system, path = self._storage.arrow_filesystem()[0], path.removeprefix("s3://")
         else:
             file_system = pa.fs.LocalFileSystem()
+            path = unquote(urlsplit(path).path) if path.startswith("file://") else path
         read = ds.ParquetFragmentScanOptions(pre_buffer=True)
         return ds.ParquetFileFormat(default_fragment_scan_options=read).make_fragment(path, filesystem=file_system)
 
@@ -298,10 +300,24 @@ def _plain(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:
     """Return a column as a type that JSON has, with 64-bit offsets, so that no number of rows is too many."""
     type_ = column.type
     if text or _is_text(type_):
+        column = _valid(pc.cast(column, pa.large_string()))
+        type_ = column.type
+    if text or _is_text(type_):
         return pc.fill_null(pc.cast(column, pa.large_string()), "") if text else pc.cast(column, pa.large_string())
     if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_):
         return column
     return pc.cast(column, pa.float64() if pa.types.is_decimal(type_) else pa.large_string())
+
+
+def _valid(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return texts with what is not UTF-8 replaced: Arrow does not look at it when it reads, and fails on it later."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        found = pc.cast(column, pa.large_binary()).to_pylist()
+        texts = [None if each is None else each.decode("utf-8", errors="replace") for each in found]
+        return pa.chunked_array([pa.array(texts, pa.large_string())])
+    return column
 
 
 def _explained(path: str, error: Exception) -> DataError | StorageError:

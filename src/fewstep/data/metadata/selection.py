@@ -13,6 +13,7 @@ compared lies in one bucket (`buckets.py`), so memory does not grow with the tab
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,12 +68,13 @@ class Take:
 
 @dataclass(frozen=True)
 class Part:
-    """A table of rows for one shard."""
+    """A table of rows for one shard; `digest` is that of their keys."""
 
     split: Split
     name: str
     uri: str
     num_rows: int
+    digest: str
 
 
 def deal_rows(source: ParquetSource, unit: RowGroups, uri: str, *, num_buckets: int, storage: Storage) -> DealtRows:
@@ -158,7 +160,8 @@ def take_rows(
         for number in range(count):
             begin, end = (drawn.num_rows * edge // count for edge in (number, number + 1))
             name = f"{bucket:05d}-{number:04d}"
-            part = Part(take.split, name, join(uri, take.split, f"{name}.parquet"), end - begin)
+            digest = hashlib.sha256("".join(keys.slice(begin, end - begin).to_pylist()).encode()).hexdigest()
+            part = Part(take.split, name, join(uri, take.split, f"{name}.parquet"), end - begin, digest)
             _write(drawn.slice(begin, end - begin), part.uri, storage)
             parts.append(part)
     return parts

@@ -190,7 +190,7 @@ def test_streams_of_workers_are_joined_and_must_not_clash() -> None:
     [
         ("no caption", "skipped/no caption"),
         ("filtered, width below 512", "filtered/width below 512"),
-        ("filtered, url does not match ^https?://a,b", "filtered/url does not match _https_://a_b"),
+        ("filtered, url does not match ^https?://a,b", "filtered/url does not match _https_:__a_b"),
     ],
 )
 def test_counts_have_names_that_mlflow_takes(reason: str, name: str) -> None:

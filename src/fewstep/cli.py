@@ -8,11 +8,11 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import click
 
 from fewstep.bench.commands import bench
+from fewstep.data_commands import inspect, out_folder, prepare, recipe_of
 from fewstep.plain_errors import plain_errors
 
 MODEL_HELP = "a folder, s3://…, models:/NAME@champion, asset:NAME, or a hub id ORG/NAME"
@@ -35,6 +35,8 @@ def main(verbose: bool) -> None:
 
 
 main.add_command(bench)
+main.add_command(inspect)
+main.add_command(prepare)
 
 
 def _quiet_libraries() -> None:
@@ -45,10 +47,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _out_folder(out: Path | None, name: str) -> Path:
-    return out or Path("runs") / name
 
 
 @main.command()
@@ -62,7 +60,7 @@ def run(recipe: Path, out: Path | None) -> None:
     from fewstep.workplace import open_workplace
 
     loaded = load_recipe(recipe)
-    folder = _out_folder(out, loaded.name)
+    folder = out_folder(out, loaded.name)
     with open_workplace(loaded) as workplace:
         artifacts = run_workflow(loaded, workplace, out=folder)
     for name, artifact in artifacts.items():
@@ -91,28 +89,9 @@ def stage(name: str, recipe: Path, out: Path | None) -> None:
 
     loaded = load_recipe(recipe)
     with open_workplace(loaded) as workplace:
-        artifact = run_stage(cast(StageName, name), loaded, workplace, out=_out_folder(out, loaded.name))
+        artifact = run_stage(cast(StageName, name), loaded, workplace, out=out_folder(out, loaded.name))
     for label, uri in artifact.models().items() or [(name, artifact.uri)]:
         click.echo(f"{label} {uri}")
-
-
-@main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--select-only", is_flag=True, help="Choose the rows and print the report, but download nothing.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
-@plain_errors
-def prepare(recipe: Path, select_only: bool, out: Path | None) -> None:
-    """Make the shards of RECIPE: choose rows of its metadata and download their pictures, or draw its picture set.
-
-    Prints how many rows each filter left out, and what became of the downloads. A run that was stopped goes on where it
-    was.
-    """
-    from fewstep.preparing import prepare_lines, select_lines
-    from fewstep.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
-    for line in select_lines(loaded) if select_only else prepare_lines(loaded, out=_out_folder(out, loaded.name)):
-        click.echo(line)
 
 
 @main.command()
@@ -134,32 +113,6 @@ _RECIPE_OPTION = click.option(
 )
 
 
-@main.command()
-@click.argument("shards")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: runs/inspect]")
-@click.option("--max-samples", type=click.IntRange(1), default=10_000, show_default=True, help="Samples looked at.")
-@click.option("--show", type=click.IntRange(1), default=48, show_default=True, help="Pictures on the contact sheet.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
-@click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    help="Recipe whose store s3:// means, and whose filters and captions are applied.  [default: the embedded store]",
-)
-@plain_errors
-def inspect(shards: str, out: Path | None, max_samples: int, show: int, seed: int, recipe: Path | None) -> None:
-    """Look at SHARDS, a folder of webdataset tars: counts, sizes, captions, metadata, bad samples, a contact sheet.
-
-    Example: fewstep inspect s3://distill/laion/train --recipe my-recipe.yaml
-    """
-    from fewstep.inspection import inspect_data
-
-    folder = out or Path("runs/inspect")
-    for line in inspect_data(
-        shards, folder, recipe=_recipe(recipe), max_samples=max_samples, num_shown=show, seed=seed
-    ):
-        click.echo(line)
-
-
 _INTERVAL_OPTION = click.option(
     "--guidance-interval",
     type=float,
@@ -170,12 +123,6 @@ _INTERVAL_OPTION = click.option(
 _EXTRAPOLATE_OPTION = click.option(
     "--extrapolate", is_flag=True, help="Take a guidance scale outside the student's trained range on purpose."
 )
-
-
-def _recipe(path: Path | None) -> Any:
-    from fewstep.recipe import load_recipe
-
-    return None if path is None else load_recipe(path)
 
 
 @main.command()
@@ -214,7 +161,7 @@ def sample(
     from fewstep.serve.files import default_device, save_images
     from fewstep.workplace import open_model
 
-    with open_model(model, _recipe(recipe)) as folder:
+    with open_model(model, recipe_of(recipe)) as folder:
         files = save_images(
             out,
             load_text_to_image(folder).to(default_device()),
@@ -279,7 +226,7 @@ def edit(
     from fewstep.workplace import open_model
 
     with ExitStack() as opened:
-        loaded = _recipe(recipe)
+        loaded = recipe_of(recipe)
         drawing, encoding = load_for_editing(
             opened.enter_context(open_model(model, loaded)),
             name=model,
@@ -324,7 +271,7 @@ def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path 
     from fewstep.models.export import export_model
     from fewstep.workplace import open_model
 
-    with open_model(model, _recipe(recipe)) as source:
+    with open_model(model, recipe_of(recipe)) as source:
         export_model(source, folder, half=half, base=base)
     click.echo(str(folder))
 
@@ -345,7 +292,7 @@ def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) ->
     """
     from fewstep.serving import default_models, served
 
-    loaded = _recipe(recipe)
+    loaded = recipe_of(recipe)
     with served(models or default_models(loaded), host=host, port=port, recipe=loaded) as server:
         click.echo("Stop with Ctrl-C.")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as containers and service managers stop a program

@@ -16,9 +16,7 @@ from fewstep.data.source import iterate_samples
 from fewstep.errors import RecipeError
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import fingerprint, fingerprints
-from fewstep.storage import Storage, join
-from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
+from fewstep.storage import join
 from fewstep.train import run
 from fewstep.train.in_process import train_in_process
 from fewstep.train.job import TrainJob
@@ -30,12 +28,6 @@ from tiny import tiny_recipe, tiny_sdxl, tiny_teacher_folder
 TRAIN = {"global_batch_size": 8, "learning_rate": 1e-3, "updates": 4, "checkpoint_every": 1, "log_every": 1}
 SIZES = ((16, 16), (40, 10), (8, 32), (16, 16), (20, 18))
 BUCKETS = {"max_aspect_ratio": 4.0, "multiple_of": 8}
-
-
-@pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
 
 
 @pytest.fixture(scope="module")

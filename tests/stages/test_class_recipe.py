@@ -13,10 +13,8 @@ from fewstep.models import ClassConditionalPipeline
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact
 from fewstep.stages.evaluate_classes import _Sampler
-from fewstep.storage import Storage, join
+from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
-from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
 from in_process import trainings_in_process
@@ -66,12 +64,6 @@ def recipe() -> Recipe:
             },
         }
     )
-
-
-@pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ tests/integration."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,12 @@ from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
-from in_process import trainings_in_process
 from tiny import tiny_teacher
 from tiny_classes import student_info, tiny_class_model, tiny_dit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]
 
 TRAIN = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
 KINDS = ("deterministic", "stochastic", "encoder", "naive", "single_w")
@@ -109,18 +106,6 @@ def _recipe_of(family: str, folder: Path) -> Recipe:
     content["guidance"]["prediction_type"] = "v_prediction"
     del content["prepare"], content["train_class_teacher"]
     return parse_recipe(content)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with trainings_in_process(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
 
 
 @pytest.fixture(scope="module", params=["class_latent", "dit"])

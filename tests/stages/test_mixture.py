@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,11 @@ from fewstep.stages.evaluate_classes import _pictures
 from fewstep.stages.fingerprints import autoencoder_fingerprint, data_digest
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
-from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
-from in_process import trainings_in_process
 from tiny import picture_samples, tiny_teacher_folder
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 TRAIN = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
 TEACHER = {
@@ -40,18 +39,6 @@ TEACHER = {
     "autoencoder_train": TRAIN,
     "train": TRAIN,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with trainings_in_process(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
 
 
 @pytest.fixture(scope="module")

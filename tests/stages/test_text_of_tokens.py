@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,13 @@ from fewstep.data.source import iterate_samples
 from fewstep.errors import ModelError
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages import Artifact, fingerprint
-from fewstep.storage import Storage
-from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
-from in_process import trainings_in_process
 from tiny import tiny_recipe, tiny_sdxl, tiny_teacher_folder
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 STAGES = ["prepare", "encode", "guidance", "progressive"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with trainings_in_process(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
 
 
 def recipe_of(teacher: Path | str, *, store_text: bool) -> Recipe:

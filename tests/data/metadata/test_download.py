@@ -239,7 +239,8 @@ def test_it_gets_little_of_our_environment(fake: Fake, tmp_path: Path, monkeypat
         download(ROWS, tmp_path / "work", settings=fake("import os, sys\nsys.exit('\\n'.join(map('='.join, os.environ.items())))"))  # noqa: E501  # fmt: skip
     assert "HTTPS_PROXY=http://proxy.example:3128" in str(error.value)
     assert "NO_ALBUMENTATIONS_UPDATE=1" in str(error.value)
-    assert f"PYTHONPATH={tmp_path}/work/img2dataset/hooks" in str(error.value)
+    hooks = tmp_path / "work" / "img2dataset" / "hooks"
+    assert f"PYTHONPATH={hooks}\n" in f"{error.value}\n"
     assert "secret" not in str(error.value)
 
 

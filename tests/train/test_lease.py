@@ -44,6 +44,40 @@ def test_two_take_turns(storage: Storage, bucket_uri: str) -> None:
     assert not storage.exists(uri)
 
 
+def test_one_that_is_given_back_while_it_is_looked_at_is_taken(
+    storage: Storage, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = join(bucket_uri, "lease.json")
+    storage.write_bytes(uri, json.dumps({"owner": "x", "host": "elsewhere", "pid": 1, "beat": 3}).encode())
+    read_json = Storage.read_json
+    looks = []
+
+    def given_back_then_read(self: Storage, uri: str) -> object:
+        if not looks:
+            self.delete(uri)
+        looks.append(uri)
+        return read_json(self, uri)
+
+    monkeypatch.setattr(Storage, "read_json", given_back_then_read)
+    with lease(uri, storage=storage, what="toy"):
+        assert looks == [uri]
+        assert storage.exists(uri)
+    assert not storage.exists(uri)
+
+
+def test_that_of_one_who_took_over_is_left_to_it(
+    storage: Storage, bucket_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = join(bucket_uri, "lease.json")
+    other = {"owner": "x", "host": "elsewhere", "pid": 1, "beat": 3}
+    with caplog.at_level("WARNING"), lease(uri, storage=storage, what="toy"):
+        while not caplog.messages:  # the next beat sees it
+            storage.write_json(uri, other)
+            time.sleep(0.05)
+    assert "elsewhere" in caplog.text
+    assert storage.read_json(uri) == other
+
+
 def test_a_killed_process_of_this_machine_is_taken_over_at_once(
     storage: Storage, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import StorageError
+from fewstep.storage import ObjectNotFoundError
 
 if TYPE_CHECKING:
     from fewstep.storage import Storage
@@ -48,15 +49,17 @@ def lease(uri: str, *, storage: Storage, what: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        storage.delete(uri)
+        held = _held(uri, storage)
+        if held is not None and held["owner"] == mine["owner"]:  # not that of one who took this one for dead
+            storage.delete(uri)
 
 
 def _acquire(uri: str, mine: dict[str, Any], *, storage: Storage, what: str) -> None:
     last: dict[str, Any] | None = None
     changed = time.monotonic()
     while not storage.write_bytes(uri, _content(mine, 0), if_absent=True):
-        held = storage.read_json(uri) if storage.exists(uri) else None
-        if held is None:
+        held = _held(uri, storage)
+        if held is None:  # given back since
             continue
         if last is None:
             logger.info("%s: process %s on %s is at it; waiting for it", what, held["pid"], held["host"])
@@ -65,9 +68,18 @@ def _acquire(uri: str, mine: dict[str, Any], *, storage: Storage, what: str) -> 
         if _is_dead(held, mine["host"]) or time.monotonic() - changed > _STALE_S:
             storage.write_bytes(uri, _content(mine, 0))
             time.sleep(_LOOK_EVERY_S)  # another that waits may have done the same; the last to write has it
-            if storage.exists(uri) and storage.read_json(uri)["owner"] == mine["owner"]:
+            held = _held(uri, storage)
+            if held is not None and held["owner"] == mine["owner"]:
                 return
         time.sleep(_LOOK_EVERY_S)
+
+
+def _held(uri: str, storage: Storage) -> dict[str, Any] | None:
+    try:  # not `exists` first: the holder may give it back between the two
+        held: dict[str, Any] = storage.read_json(uri)
+    except ObjectNotFoundError:
+        return None
+    return held
 
 
 def _is_dead(held: dict[str, Any], host: str) -> bool:
@@ -87,6 +99,13 @@ def _beat(uri: str, mine: dict[str, Any], storage: Storage, ended: threading.Eve
     while not ended.wait(_BEAT_EVERY_S):
         count += 1
         try:
+            held = _held(uri, storage)
+            if held is not None and held["owner"] != mine["owner"]:
+                logger.warning(
+                    "lease %s: process %s on %s took it over, as this one gave no sign of life for %.0f s",
+                    *(uri, held["pid"], held["host"], _STALE_S),
+                )
+                return
             storage.write_bytes(uri, _content(mine, count))
         except StorageError as error:  # the training itself will say so, if it lasts
             logger.debug("lease %s: %s", uri, error)

@@ -86,6 +86,8 @@ def test_writing_that_was_cut_short_is_not_taken_for_a_data_set(tmp_path: Path) 
     [
         ([], "No samples"),
         ([{"__key__": "a.b", "txt": b""}], r"'a\.b' cannot be a file name"),
+        ([{"__key__": "a/b.c", "txt": b""}], r"'a/b\.c' cannot be a file name"),
+        ([{"__key__": "a" * 200, "txt": b""}], "too long for a tar"),
         ([{"__key__": "a", "txt": b""}, {"__key__": "a", "txt": b""}], "'a' comes twice"),
         ([{"__key__": "a"}], "no members"),
         ([{"__key__": "a", "txt": "text"}], "'txt' of sample 'a' is str"),
@@ -191,9 +193,21 @@ def test_a_share_within_the_limit_passes_although_it_comes_in_heaps(tmp_path: Pa
     read = list(iterate_samples(index.shards, storage=LOCAL, decode=decode_text, counts=counts))
     assert len(read) + counts.num_skipped == 2000
     assert 40 < counts.skipped["shard cut short"] < 60
-    counts = SampleCounts(max_bad_share=0.01)
-    with pytest.raises(DataError, match="shard cut short"):
-        list(iterate_samples(index.shards, storage=LOCAL, decode=decode_text, counts=counts))
+    uncounted = [replace(shard, num_samples=None) for shard in index.shards]
+    guessed = SampleCounts(max_bad_share=0.05)
+    assert len(list(iterate_samples(uncounted, storage=LOCAL, decode=decode_text, counts=guessed))) == len(read)
+    assert abs(guessed.skipped["shard cut short"] - counts.skipped["shard cut short"]) <= 5
+    for shards in (index.shards, uncounted):
+        counts = SampleCounts(max_bad_share=0.01)
+        with pytest.raises(DataError, match="shard cut short"):
+            list(iterate_samples(shards, storage=LOCAL, decode=decode_text, counts=counts))
+
+
+def test_keys_may_have_folders(tmp_path: Path) -> None:
+    samples = [{"__key__": f"v1.5/{'x' * 90}/{number}", "txt": b"a"} for number in range(3)]
+    index = write_shards(samples, str(tmp_path), samples_per_shard=3, storage=LOCAL)
+    read = iterate_samples(index.shards, storage=LOCAL, decode=lambda sample: {"key": sample["__key__"]})
+    assert [sample["key"] for sample in read] == [sample["__key__"] for sample in samples]
 
 
 def test_a_file_that_is_no_tar_loses_all_its_samples(tmp_path: Path) -> None:

@@ -270,6 +270,16 @@ def test_a_range_goes_on_where_the_connection_broke(storage: Storage, bucket_uri
 
 
 @pytest.mark.usefixtures("with_keys")
+def test_ranges_that_are_read_in_turn_share_a_connection(storage: Storage, bucket_uri: str) -> None:
+    uri, data = join(bucket_uri, "big"), os.urandom(5_000_000)
+    storage.write_bytes(uri, data)
+    with flaky(storage, []) as (proxy, through):
+        for start in range(0, 5_000_000, 700_000):
+            assert bytes(through.read_range(uri, start, start + 700_000).data) == data[start : start + 700_000]
+        assert proxy.connections == 1
+
+
+@pytest.mark.usefixtures("with_keys")
 def test_a_read_goes_on_after_a_silence(storage: Storage, bucket_uri: str) -> None:
     data = os.urandom(3_000_000)
     storage.write_bytes(join(bucket_uri, "big"), data)

@@ -9,6 +9,7 @@ import multiprocessing
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,16 @@ def test_an_error_that_does_not_travel_is_told_all_the_same(storage: Storage, bu
         take(stream, 20)
 
 
-def test_too_many_missing_shards_stop_each_of_many_workers(storage: Storage, bucket_uri: str) -> None:
+def uncounted(index: ShardIndex) -> ShardIndex:
+    """Shards as a listing gives them that has no index beside it."""
+    return ShardIndex(tuple(replace(shard, num_samples=None) for shard in index.shards))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_too_many_missing_shards_stop_each_of_many_workers(counted: bool, storage: Storage, bucket_uri: str) -> None:
     """A worker sees the losses of its own streams alone, and judges them by its own share of the data."""
     index = write_shards(make_samples(120), bucket_uri, samples_per_shard=5, storage=storage)
+    index = index if counted else uncounted(index)
     for shard in index.shards[::3]:
         storage.delete(shard.uri)
     with (
@@ -170,8 +178,10 @@ def test_too_many_missing_shards_stop_each_of_many_workers(storage: Storage, buc
         take(stream, 60)
 
 
-def test_a_missing_shard_loses_its_own_samples_alone(storage: Storage, bucket_uri: str) -> None:
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_missing_shard_loses_its_own_samples_alone(counted: bool, storage: Storage, bucket_uri: str) -> None:
     index = write_shards(make_samples(80), bucket_uri, samples_per_shard=10, storage=storage)
+    index = index if counted else uncounted(index)
     storage.delete(index.shards[3].uri)
     for piece_bytes in (4096, 2**20):
         with make_stream(index, storage, max_bad_share=0.2, piece_bytes=piece_bytes, cache_bytes=0) as stream:
@@ -180,7 +190,11 @@ def test_a_missing_shard_loses_its_own_samples_alone(storage: Storage, bucket_ur
         first_epoch = [number for number in seen if seen.count(number) == 1]
         assert set(first_epoch) <= set(range(80)) - set(range(30, 40))
         lost = batches[-1].counts["shard missing"]
-        assert lost in (10, 20) if piece_bytes > 30_720 else 10 <= lost <= 20  # 10 an epoch, whatever the pieces
+        if counted:
+            assert lost in (10, 20) if piece_bytes > 30_720 else 10 <= lost <= 20  # 10 an epoch, whatever the pieces
+        else:
+            # A guess by the rest of the block: the padding of so small a tar counts too, and there may be no rest.
+            assert (8 if piece_bytes < 30_720 else 1) <= lost <= 30
     with (
         make_stream(index, storage, max_bad_share=0.1) as stream,
         pytest.raises(DataError, match="× shard missing; in"),

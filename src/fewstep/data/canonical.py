@@ -61,6 +61,7 @@ class Lost:
     shard: Shard
     start: int
     samples: int
+    size_bytes: int
     reason: str
     detail: str
 
@@ -165,19 +166,25 @@ class CanonicalStream:
         pieces = self._plan(self._epoch)[self._block]
         ahead, self._ahead = self._ahead or self._submit(self._epoch, self._block), None
         places: list[Place] = []
-        whole = True
+        lost: list[tuple[Piece, LoadedPiece]] = []
         for piece, future in zip(pieces, ahead, strict=True):
             loaded, shard = future.result(), self._order.shards[piece.shard]
             places += [Place(shard, piece.shard, sample) for sample in loaded.samples]
-            whole = whole and not loaded.lost
-            if loaded.lost and count_lost:
-                self._lost.append(Lost(shard, piece.start, loaded.lost, loaded.reason, loaded.detail))
+            if loaded.lost:
+                lost.append((piece, loaded))
+        if lost and count_lost:
+            found_bytes = sum(place.sample.end - place.sample.start for place in places)
+            for piece, loaded in lost:
+                shard, count = self._order.shards[piece.shard], loaded.lost
+                if shard.num_samples is None and found_bytes:  # as many as lie in so many bytes of the block
+                    count = max(count, round(loaded.lost_bytes * len(places) / found_bytes))
+                self._lost.append(Lost(shard, piece.start, count, loaded.lost_bytes, loaded.reason, loaded.detail))
         mixed = shuffle_block(
             len(places), seed=self._order.seed, epoch=self._epoch, stream=self.number, block=self._block
         )
         self._places = [places[number] for number in reversed(mixed)]
         self._size = len(places)
-        return whole
+        return not lost
 
     def _submit(self, epoch: int, block: int) -> list[Future[LoadedPiece]]:
         shards = self._order.shards

@@ -75,7 +75,7 @@ class DiskCache:
             return None
         return content[: -_FOOTER.size]
 
-    def put(self, shard: Shard, start: int, end: int, data: bytes | bytearray) -> None:
+    def put(self, shard: Shard, start: int, end: int, data: bytes | bytearray | memoryview) -> None:
         """Keep the bytes of a piece, if there is room."""
         if not self._on or not self._make_room(len(data)):
             return
@@ -146,5 +146,5 @@ class DiskCache:
             )  # fmt: skip
 
 
-def _footer(data: bytes | bytearray) -> tuple[int, int]:
+def _footer(data: bytes | bytearray | memoryview) -> tuple[int, int]:
     return len(data), zlib.crc32(data)

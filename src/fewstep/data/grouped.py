@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fewstep.data.mixed_stream import Drawn, MixedStream, StreamState, Whereabouts
 from fewstep.data.pieces import LoadedPiece, PieceSource
 from fewstep.data.source import Decode, SampleCounts, as_sample, decode_sample
@@ -71,6 +73,9 @@ class GroupedStream:
 
     def _wait(self, drawn: Drawn) -> tuple[int, ...]:
         shape = tuple(drawn.data[self._group_by].shape)
+        # What waits must not keep the pieces that it came in.
+        own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in drawn.data.items()}
+        drawn = Drawn(own, drawn.whereabouts)
         self._waiting.setdefault(shape, []).append((self._number, drawn))
         self._number += 1
         return shape
@@ -88,7 +93,7 @@ class GroupedStream:
             own = counts[place.source]
             if not read.samples:
                 own.seen += 1
-                own.lose(shard.uri, read.reason, read.detail, samples=1, start=place.start)
+                own.lose(shard.uri, read.reason, read.detail, samples=1, size_bytes=read.lost_bytes, start=place.start)
                 continue
             data = decode_sample(as_sample(read.samples[0]), decode, shard=shard, counts=own)
             if data is not None:

@@ -157,7 +157,9 @@ def _samples(shard: Shard, storage: Storage, counts: SampleCounts, progress: Cal
         piece = reader.load(shard, start, end)
         if piece.lost:
             counts.seen += piece.lost
-            counts.lose(shard.uri, piece.reason, piece.detail, samples=piece.lost, start=start)
+            counts.lose(
+                shard.uri, piece.reason, piece.detail, samples=piece.lost, size_bytes=piece.lost_bytes, start=start
+            )
         for sample in piece.samples:
             yield as_sample(sample)
         progress(len(piece.samples))

@@ -212,7 +212,10 @@ class MixedStream:
             place = stream.next_place()
             for lost in stream.take_lost():
                 counts.seen += lost.samples
-                counts.lose(lost.shard.uri, lost.reason, lost.detail, samples=lost.samples, start=lost.start)
+                counts.lose(
+                    lost.shard.uri, lost.reason, lost.detail,
+                    samples=lost.samples, size_bytes=lost.size_bytes, start=lost.start,
+                )  # fmt: skip
             if stream.position[0] > first_epoch + 1:
                 worst = max(counts.shards, key=lambda shard: counts.shards[shard], default="its shards")
                 raise DataError(

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fewstep.data.disk_cache import DiskCache
 from fewstep.data.shards import Shard
-from fewstep.data.tar_piece import LEAD_BYTES, PieceContent, RawSample, parse_piece, parse_sample
+from fewstep.data.tar_piece import LEAD_BYTES, Bytes, PieceContent, RawSample, parse_piece, parse_sample
 from fewstep.errors import DataError
 from fewstep.storage import ObjectNotFoundError, Storage
 
@@ -27,7 +27,8 @@ class LoadedPiece:
         samples: in the order of the shard.
         size_bytes: bytes held in memory.
         lost: samples that are missing: exact for a whole shard whose number of samples is known, otherwise by the
-            bytes that could not be read, and at least 1 where the number in the shard is not known.
+            bytes that could not be read, and 1 where the number in the shard is not known.
+        lost_bytes: bytes of the shard that could not be read.
         reason: CUT_SHORT or MISSING, where samples are lost.
         detail: what is wrong, in words.
     """
@@ -35,6 +36,7 @@ class LoadedPiece:
     samples: list[RawSample]
     size_bytes: int
     lost: int = 0
+    lost_bytes: int = 0
     reason: str = ""
     detail: str = ""
 
@@ -70,25 +72,26 @@ class PieceReader:
             StorageError: the store does not answer.
         """
         if start >= end:  # a shard of no bytes, as a writer that was killed leaves it
-            return LoadedPiece([], 0, shard.num_samples or 1, CUT_SHORT, "it is empty")
+            return LoadedPiece([], 0, shard.num_samples or 1, 0, CUT_SHORT, "it is empty")
         base = max(0, start - LEAD_BYTES)
         kept = self._disk.get(shard, start, end) if self._disk is not None else None
         if kept is not None:
             content = parse_piece(kept, base=base, start=start, end=end, size_bytes=shard.size_bytes)
             if not content.needed and content.damage is None:
                 return self._loaded(shard, start, end, kept, content)
-        data, wanted = bytearray(), end if end == shard.size_bytes else min(end + self._tail_bytes, shard.size_bytes)
+        data = memoryview(b"")
+        wanted = end if end == shard.size_bytes else min(end + self._tail_bytes, shard.size_bytes)
         while True:
             try:
                 part = self._storage.read_range(shard.uri, base + len(data), wanted, etag=shard.etag or None)
             except ObjectNotFoundError as error:
-                return LoadedPiece([], 0, _share(shard, start, end), MISSING, str(error))
-            data = data + part.data if data else part.data
+                return LoadedPiece([], 0, _share(shard, start, end), end - start, MISSING, str(error))
+            data = memoryview(bytearray().join((data, part.data))) if data else part.data
             size_bytes = part.size_bytes
             _check_size(shard, size_bytes)
             if start >= size_bytes:
                 why = f"it ends before byte {start} of {shard.size_bytes}"
-                return LoadedPiece([], 0, _share(shard, start, end), CUT_SHORT, why)
+                return LoadedPiece([], 0, _share(shard, start, end), end - start, CUT_SHORT, why)
             content = parse_piece(data, base=base, start=start, end=min(end, size_bytes), size_bytes=size_bytes)
             if not content.needed:
                 break
@@ -109,16 +112,14 @@ class PieceReader:
         try:
             part = self._storage.read_range(shard.uri, start, end, etag=shard.etag or None)
         except ObjectNotFoundError as error:
-            return LoadedPiece([], 0, 1, MISSING, str(error))
+            return LoadedPiece([], 0, 1, end - start, MISSING, str(error))
         _check_size(shard, part.size_bytes)
         sample = parse_sample(part.data, start=start) if len(part.data) == end - start else None
         if sample is None:
-            return LoadedPiece([], 0, 1, CUT_SHORT, f"no whole sample at the bytes {start} to {end}")
+            return LoadedPiece([], 0, 1, end - start, CUT_SHORT, f"no whole sample at the bytes {start} to {end}")
         return LoadedPiece([sample], len(part.data))
 
-    def _loaded(
-        self, shard: Shard, start: int, end: int, data: bytes | bytearray, content: PieceContent
-    ) -> LoadedPiece:
+    def _loaded(self, shard: Shard, start: int, end: int, data: Bytes, content: PieceContent) -> LoadedPiece:
         found = len(content.samples)
         detail = content.damage or ""
         if (start, end) == (0, shard.size_bytes) and shard.num_samples is not None:
@@ -131,7 +132,9 @@ class PieceReader:
         else:
             lost = _lost(shard, content.lost_bytes) if content.damage is not None or content.lost_bytes else 0
             detail = detail or "it has fewer bytes than were listed"
-        return LoadedPiece(content.samples, len(data), lost, CUT_SHORT if lost else "", detail if lost else "")
+        if not lost:
+            return LoadedPiece(content.samples, len(data))
+        return LoadedPiece(content.samples, len(data), lost, content.lost_bytes, CUT_SHORT, detail)
 
 
 class PieceMemory:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from webdataset.tariterators import base_plus_ext
 
 from fewstep.errors import DataError
 from fewstep.storage import ObjectInfo, Storage, join
@@ -65,9 +66,10 @@ def write_shards(
 ) -> ShardIndex:
     """Writes the samples as tar shards below `uri`, then ``index.json``; the same samples give the same bytes.
 
-    A sample is a mapping with ``__key__`` (no dot, no slash, unique within its shard) and the bytes of each member by
-    its extension (``png``, ``txt``, ``json``, ``npy``, …). Tars that an earlier run left there and this one did not
-    write are removed. Errors: DataError for a bad key or member, or when there are no samples.
+    A sample is a mapping with ``__key__`` (a file name without a dot, with folders before it or not, unique within its
+    shard) and the bytes of each member by its extension (``png``, ``txt``, ``json``, ``npy``, …). Tars that an earlier
+    run left there and this one did not write are removed. Errors: DataError for a bad key or member, or when there are
+    no samples.
     """
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard is {samples_per_shard}: it must be at least 1.")
@@ -169,15 +171,21 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = sample.get("__key__")
-            if not isinstance(key, str) or not key or "." in key or "/" in key:
-                raise DataError(f"The sample key {key!r} cannot be a file name: it must be a text without '.' and '/'.")
+            if not isinstance(key, str) or base_plus_ext(f"{key}.x") != (key, "x"):
+                raise DataError(
+                    f"The sample key {key!r} cannot be a file name: it must be a text without '.', which may have "
+                    "folders before it ('a/b')."
+                )
             if key in keys:
                 raise DataError(f"The sample key {key!r} comes twice. Keys must be unique within a shard.")
             keys.add(key)
             for extension, data in _members(key, sample):
                 header = tarfile.TarInfo(f"{key}.{extension}")  # time, owner and group stay 0: equal data, equal bytes
                 header.size, header.mode = len(data), 0o444
-                tar.addfile(header, io.BytesIO(data))
+                try:
+                    tar.addfile(header, io.BytesIO(data))
+                except ValueError as error:  # of more than 100 bytes, or 255 with the folders
+                    raise DataError(f"The sample key {key!r} is too long for a tar: {error}.") from error
     return buffer.getvalue()
 
 

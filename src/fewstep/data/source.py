@@ -18,9 +18,10 @@ from fewstep.storage import Storage
 logger = logging.getLogger(__name__)
 
 _SEEN_BEFORE_JUDGING = 100
+_ARRAY = "npy"
 _PIECE_BYTES = 16 << 20  # of a pass through a shard from its begin to its end
 
-Sample = dict[str, Any]  # "__key__": str, and the members by extension: bytes or bytearray
+Sample = dict[str, Any]  # "__key__": str, and the members by extension: bytearray; arrays (.npy): memoryview
 Decode = Callable[[Sample], dict[str, Any]]
 
 
@@ -46,18 +47,20 @@ class SampleCounts:
 
     Too many is a DataError. Samples that cannot be used are judged from 100 seen on, by the share of those seen, with
     room for chance (three standard deviations). Samples lost with a cut shard come in heaps, so they are judged by the
-    share of the whole data set, `dataset_samples`, when that is known. What filters leave out is counted apart, and not
-    judged, unless nothing remains. Where there are several sources, each has counts of its own, with its name.
+    share of the whole data set: of `dataset_samples` when that is known, otherwise of `dataset_bytes`. What filters
+    leave out is counted apart, and not judged, unless nothing remains. Where there are several sources, each has counts
+    of its own, with its name.
     """
 
     max_bad_share: float = 0.05
     dataset_samples: int | None = None
+    dataset_bytes: int | None = None
     seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
     source: str = ""
-    _lost: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    _lost: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False)
     _logged: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     @property
@@ -91,15 +94,19 @@ class SampleCounts:
         if self.seen >= _SEEN_BEFORE_JUDGING and bad > allowed + 3 * math.sqrt(allowed):
             self._refuse()
 
-    def lose(self, shard: str, reason: str, detail: str, *, samples: int, start: int = 0) -> None:
+    def lose(self, shard: str, reason: str, detail: str, *, samples: int, size_bytes: int = 0, start: int = 0) -> None:
         """Counts samples that are missing from the piece of a shard at byte `start`; logged once a shard.
 
-        `reason` is CUT_SHORT or MISSING. In the next epoch they count again as skipped, but not as missing.
+        They lay in `size_bytes` bytes, and are a guess where nobody knows how many a shard should have. `reason` is
+        CUT_SHORT or MISSING. In the next epoch they count again as skipped, but not as missing.
         """
         self._count(shard, reason, detail, samples=samples)
-        self._lost[shard, start] = samples
+        self._lost[shard, start] = (samples, size_bytes)
         if self.dataset_samples is not None:
-            if sum(self._lost.values()) > self.max_bad_share * self.dataset_samples:
+            if sum(samples for samples, _ in self._lost.values()) > self.max_bad_share * self.dataset_samples:
+                self._refuse()
+        elif self.dataset_bytes:
+            if sum(size_bytes for _, size_bytes in self._lost.values()) > self.max_bad_share * self.dataset_bytes:
                 self._refuse()
         elif self.seen >= _SEEN_BEFORE_JUDGING and self.num_lost > self.max_bad_share * self.seen:
             self._refuse()
@@ -191,6 +198,8 @@ def iterate_samples(
     counts = SampleCounts() if counts is None else counts
     if counts.dataset_samples is None:
         counts.dataset_samples = known_samples(shards)
+    if counts.dataset_bytes is None:
+        counts.dataset_bytes = sum(shard.size_bytes for shard in shards)
     for shard in shards:
         yield from iterate_shard(shard, storage=storage, decode=decode, counts=counts)
     counts.finish()
@@ -199,11 +208,13 @@ def iterate_samples(
 def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: SampleCounts) -> Iterator[dict[str, Any]]:
     """The decoded samples of one shard; a part of a pass, which its caller ends with ``counts.finish()``."""
     reader = PieceReader(storage)
-    found, lost, reason, detail = 0, 0, "", ""
+    found, lost, found_bytes, lost_bytes, reason, detail = 0, 0, 0, 0, "", ""
     for start, end in cut_pieces(shard.size_bytes, piece_bytes=_PIECE_BYTES):
         piece = reader.load(shard, start, end)
         found += len(piece.samples)
         lost += piece.lost
+        found_bytes += sum(sample.end - sample.start for sample in piece.samples)
+        lost_bytes += piece.lost_bytes
         reason, detail = reason or piece.reason, detail or piece.detail
         for sample in piece.samples:
             decoded = decode_sample(as_sample(sample), decode, shard=shard, counts=counts)
@@ -211,14 +222,21 @@ def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: Sam
                 yield decoded
     if shard.num_samples is not None:
         lost = shard.num_samples - found
+    elif lost and found_bytes:  # as many as lie in so many bytes of the rest
+        lost = max(lost, round(lost_bytes * found / found_bytes))
     if lost > 0:
         counts.seen += lost
-        counts.lose(shard.uri, reason or CUT_SHORT, detail or f"{found} of {shard.num_samples} samples", samples=lost)
+        detail = detail or f"{found} of {shard.num_samples} samples"
+        counts.lose(shard.uri, reason or CUT_SHORT, detail, samples=lost, size_bytes=lost_bytes)
 
 
 def as_sample(raw: RawSample) -> Sample:
-    """The sample with copies of its members: the piece may stay in memory, and arrays may be made of them in place."""
-    return {"__key__": raw.key, **{extension: bytearray(data) for extension, data in raw.members.items()}}
+    """The sample with copies of its members, but views of its arrays: those are large, and stacking copies them.
+
+    So whoever changes an array, or keeps it for long (it keeps its whole piece in memory), makes a copy.
+    """
+    members = {name: data if name.endswith(_ARRAY) else bytearray(data) for name, data in raw.members.items()}
+    return {"__key__": raw.key, **members}
 
 
 def known_samples(shards: Sequence[Shard]) -> int | None:

@@ -150,15 +150,19 @@ class ShardStream:
             group_by=group_by,
         )  # fmt: skip
         known = [known_samples(of_source) for of_source in mixed.shards]
+        sizes = [sum(shard.size_bytes for shard in of_source) for of_source in mixed.shards]
         self._parts = [
             Part(
                 dict.fromkeys(streams, StreamState.begin(len(mixed.names))),
                 # Each part judges by its own share of the data set, and each source by itself.
                 tuple(
                     SampleCounts(
-                        settings.max_bad_share, count and count * len(streams) // settings.num_streams, source=name
+                        settings.max_bad_share,
+                        dataset_samples=count and count * len(streams) // settings.num_streams,
+                        dataset_bytes=size_bytes * len(streams) // settings.num_streams,
+                        source=name,
                     )
-                    for name, count in zip(mixed.names, known, strict=True)
+                    for name, count, size_bytes in zip(mixed.names, known, sizes, strict=True)
                 ),
             )
             for streams in _share(own, max(1, settings.loader_processes))

@@ -11,6 +11,7 @@ Headers are read here and not by tarfile because that takes as long for a member
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -29,8 +30,10 @@ _LONGEST_SEARCH_BYTES = 1 << 26
 _LONGEST_PADDING_BYTES = 1 << 20
 _FILES = b"0\x007"
 _NO_DATA = b"123456"
-_MAGIC = b"ustar"
+_MAGIC = re.compile(b"ustar")
 _ZERO_BLOCK = bytes(BLOCK)
+
+Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class PieceContent:
     lost_bytes: int = 0
 
 
-def parse_piece(data: bytes | bytearray, *, base: int, start: int, end: int, size_bytes: int) -> PieceContent:
+def parse_piece(data: Bytes, *, base: int, start: int, end: int, size_bytes: int) -> PieceContent:
     """Return the samples of a piece of a tar.
 
     Damage does not end a piece: it goes on at the next header; the samples beside the damage count only if they have
@@ -87,7 +90,7 @@ def parse_piece(data: bytes | bytearray, *, base: int, start: int, end: int, siz
     return _Parser(data, base=base, start=start, end=end, size_bytes=size_bytes).run()
 
 
-def parse_sample(data: bytes | bytearray, *, start: int) -> RawSample | None:
+def parse_sample(data: Bytes, *, start: int) -> RawSample | None:
     """Return the one sample whose bytes, from its `start` to its `end`, these are; None if they are not.
 
     Raises:
@@ -117,7 +120,7 @@ class _NeedMoreError(Exception):
 
 
 class _Parser:
-    def __init__(self, data: bytes | bytearray, *, base: int, start: int, end: int, size_bytes: int) -> None:
+    def __init__(self, data: Bytes, *, base: int, start: int, end: int, size_bytes: int) -> None:
         self._data, self._view = data, memoryview(data)
         self._base, self._start, self._end, self._size_bytes = base, start, end, size_bytes
         self._content = PieceContent()
@@ -263,13 +266,13 @@ class _Parser:
     def _next_header(self, at: int) -> int | None:
         """Where the next header lies; None when there is none, as behind the last file, or none near."""
         while True:
-            found = self._data.find(_MAGIC, at + 257)
-            if found < 0:
+            found = _MAGIC.search(self._view, at + 257)
+            if found is None:
                 read = self._base + len(self._data)
                 if read < min(self._size_bytes, self._end + _LONGEST_SEARCH_BYTES):
                     raise _NeedMoreError(read + len(self._data))
                 return None
-            at = found - 257
+            at = found.start() - 257
             if at % BLOCK == 0 and at + BLOCK <= len(self._data) and _is_header(bytes(self._view[at : at + BLOCK])):
                 return at
             at += 1

@@ -118,7 +118,7 @@ def encode_shards(
         DataError: more samples than allowed are broken, or a shard has no sample that can be used.
     """
     index = read_index(source, storage=storage)
-    counts = SampleCounts(max_bad_share, index.num_samples)
+    counts = SampleCounts(max_bad_share, index.num_samples, sum(shard.size_bytes for shard in index.shards))
     tasks = [EncodeTask(number, shard, target) for number, shard in enumerate(index.shards)]
     there = {info.uri for info in storage.list(join(target, "records"))}
     records: dict[int, dict[str, Any]] = {}

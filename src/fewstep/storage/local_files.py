@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from fewstep.errors import StorageError
 from fewstep.storage.faults import ObjectNotFoundError, full_error, is_full
-from fewstep.storage.object_range import ObjectRange
+from fewstep.storage.object_range import ObjectRange, empty_buffer
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def read_range(path: Path, start: int, end: int) -> ObjectRange:
     """The bytes `start` to `end` of the file; fewer where it ends before. ObjectNotFoundError when it is missing."""
     with disk_errors(f"read {path}", path), path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        data = bytearray(max(0, min(end, size_bytes) - start))
+        data = empty_buffer(max(0, min(end, size_bytes) - start))
         file.seek(start)
         got = file.readinto(data)
         return ObjectRange(data[:got], size_bytes, "")

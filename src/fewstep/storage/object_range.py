@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from botocore.exceptions import ClientError
+from botocore.response import StreamingBody
 
 from fewstep.errors import StorageError
 from fewstep.storage.faults import Backoff, Place, RetryLimits, error_code, final_error, is_passing
@@ -20,14 +23,20 @@ class ObjectRange:
     """Some bytes of an object, and what the whole object is.
 
     Attributes:
-        data: the bytes from the start of the range on; fewer than asked for where the object ends.
+        data: the bytes from the start of the range on; fewer than asked for where the object ends. They may be
+            written to.
         size_bytes: of the whole object.
         etag: the store's fingerprint of its content (empty for local files).
     """
 
-    data: bytearray
+    data: memoryview
     size_bytes: int
     etag: str
+
+
+def empty_buffer(size_bytes: int) -> memoryview:
+    """Return so many bytes of any value; a bytearray would be filled with zeros first, a tenth of a read's time."""
+    return np.empty(size_bytes, np.uint8).data
 
 
 def read_range(
@@ -56,34 +65,35 @@ def read_range(
         ObjectChangedError: it has another ETag, or was written again while it was read.
         StorageError: it cannot be read in all tries.
     """
-    data, size_bytes = bytearray(), end
+    data, reached, size_bytes = empty_buffer(0), 0, end
     backoff = Backoff(limits)
     body: Any = None
     try:
-        while start + len(data) < min(end, size_bytes):
+        while start + reached < min(end, size_bytes):
             try:
                 if body is None:
-                    answer = _ask(get, start + len(data), end, etag)
+                    answer = _ask(get, start + reached, end, etag)
                     if answer is None:  # the object ends before the range begins
-                        return ObjectRange(data, 0, etag or "")
+                        return ObjectRange(empty_buffer(0), 0, etag or "")
                     body = answer["Body"]
-                    size_bytes = _whole_size(answer, start + len(data), what=what, place=place)
+                    size_bytes = _whole_size(answer, start + reached, what=what, place=place)
                     etag = answer["ETag"]
-                left = min(end, size_bytes) - start - len(data)
-                wanted = min(_CHUNK_BYTES, left)
+                    if not reached:
+                        data = empty_buffer(max(0, min(end, size_bytes) - start))
+                wanted = min(_CHUNK_BYTES, len(data) - reached)
                 with at_pace(
                     body, wanted, read_timeout_s=limits.read_timeout_s, min_bytes_per_s=limits.read_min_bytes_per_s
                 ):
-                    chunk = body.read(wanted)
-                if not chunk and left:
-                    raise ConnectionError(f"the connection ended {left} bytes early")
-                data += chunk
+                    got = _read_into(body, data[reached : reached + wanted])
+                if not got and wanted:
+                    raise ConnectionError(f"the connection ended {len(data) - reached} bytes early")
+                reached += got
                 if backoff.attempts > 1:
                     backoff = Backoff(limits)
             except Exception as error:
                 _close(body)
                 body = None
-                if is_passing(error) and backoff.wait(error, what=f"{what} at byte {start + len(data)}"):
+                if is_passing(error) and backoff.wait(error, what=f"{what} at byte {start + reached}"):
                     continue
                 said = final_error(error, what=what, place=place, backoff=backoff)
                 if said is None:
@@ -120,6 +130,31 @@ def _whole_size(answer: dict[str, Any], position: int, *, what: str, place: Plac
     return int(size)
 
 
+def _read_into(body: Any, buffer: memoryview) -> int:
+    """Read what comes next into the buffer, and return how many bytes; 0: the answer has ended.
+
+    urllib3 hands out only copies of what it reads, even where it has `readinto`: they take a fifth of a read's time.
+    Where the body is what botocore and urllib3 make of a plain answer, it is read below them.
+    """
+    below = _below(body)
+    if below is not None:
+        return below.readinto(buffer)
+    chunk = body.read(len(buffer))
+    buffer[: len(chunk)] = chunk
+    return len(chunk)
+
+
+def _below(body: Any) -> http.client.HTTPResponse | None:
+    if type(body) is not StreamingBody:  # one that also looks at checksums must see all bytes
+        return None
+    below = getattr(getattr(body, "_raw_stream", None), "_fp", None)
+    return below if isinstance(below, http.client.HTTPResponse) else None
+
+
 def _close(body: Any) -> None:
-    if body is not None:
-        body.close()
+    if body is None:
+        return
+    below = _below(body)
+    if below is not None and below.isclosed():  # read to its end: the connection may be used again
+        body._raw_stream.release_conn()
+    body.close()

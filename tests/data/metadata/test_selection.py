@@ -213,6 +213,35 @@ def test_a_table_that_does_not_fit_is_told_before_it_is_read(
         source.units([path for path, _ in source.paths()])
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (pa.array([["a"], ["b", "c"]]), "EXTRA is of type list<element: string>"),
+        (pa.array([{"a": 1}, {"a": 2}]), "EXTRA is of type struct<a: int64>"),
+        (pa.array([b"a", b"b"]), "EXTRA is of type binary"),
+    ],
+)
+def test_a_column_that_json_cannot_have_is_told_before_it_is_read(
+    values: pa.Array, words: str, tmp_path: Path, storage: Storage
+) -> None:
+    write([pa.table({"URL": ["https://a.com/1", "https://a.com/2"], "TEXT": ["a", "b"], "EXTRA": values})], tmp_path)
+    columns = {"url": "URL", "caption": "TEXT", "tags": "EXTRA"}
+    source = ParquetSource(MetadataSettings(source=str(tmp_path), columns=columns), storage)
+    with pytest.raises(DataError, match=rf"{words}, which pictures cannot keep as tags"):
+        source.units([path for path, _ in source.paths()])
+
+
+def test_a_local_file_that_is_written_again_in_the_same_size_is_another(tmp_path: Path, storage: Storage) -> None:
+    def fingerprints(width: int) -> list[tuple[str, str]]:
+        rows = {"URL": ["https://a.com/1"], "TEXT": ["a"], "WIDTH": pa.array([width], pa.int32())}
+        write([pa.table(rows)], tmp_path)
+        return ParquetSource(MetadataSettings(source=str(tmp_path)), storage).paths()
+
+    (_, before), (_, after), (_, again) = fingerprints(512)[0], fingerprints(513)[0], fingerprints(512)[0]
+    assert before == again != after
+    assert before.split("-")[0] == after.split("-")[0]  # the size
+
+
 def test_a_file_that_is_no_parquet_and_a_folder_without_any(tmp_path: Path, storage: Storage) -> None:
     source = ParquetSource(MetadataSettings(source=str(tmp_path)), storage)
     with pytest.raises(DataError, match="no parquet files"):

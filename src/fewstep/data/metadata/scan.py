@@ -5,6 +5,7 @@ Reading is pyarrow.dataset's: of each row group the filters' columns first, and 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from fewstep.storage import Storage
 URL_DIGEST, CAPTION_DIGEST = "__url__", "__caption__"
 NO_URL, NO_CAPTION, SAME_URL, SAME_CAPTION = "no url", "no caption", "duplicate url", "duplicate caption"
 _FOOTERS_AT_ONCE = 16
+_END_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,18 @@ class ParquetSource:
     def paths(self) -> list[tuple[str, str]]:
         """Return (URI, fingerprint of content) of the files, sorted by name.
 
+        A local file has none, so its end is taken: there a parquet file has the sizes of its parts and, as a rule, the
+        least and greatest values of their columns.
+
         Raises:
             DataError: there are none.
         """
         source = self._settings.source
         if source.endswith(".parquet") and self._storage.exists(source):
             head = self._storage.read_range(source, 0, 1)
-            return [(source, head.etag or str(head.size_bytes))]
+            return [(source, head.etag or self._end_of(source, head.size_bytes))]
         found = [
-            (info.uri, info.etag or str(info.size_bytes))
+            (info.uri, info.etag or self._end_of(info.uri, info.size_bytes))
             for info in self._storage.list(source)
             if info.uri.endswith(".parquet")
         ]
@@ -117,6 +122,12 @@ class ParquetSource:
                 f"prepare_metadata.source={source}: there are no parquet files (*.parquet) there. Check the address"
             )
         return found
+
+    def _end_of(self, path: str, size_bytes: int) -> str:
+        if not size_bytes:
+            return "empty"
+        end = self._storage.read_range(path, max(0, size_bytes - _END_BYTES), size_bytes)
+        return f"{size_bytes}-{hashlib.sha256(end.data).hexdigest()[:32]}"
 
     def units(self, paths: Sequence[str]) -> list[RowGroups]:
         """Return the row groups of the files in runs of at most `rows_per_task` rows, or one row group; the footers
@@ -193,6 +204,13 @@ class ParquetSource:
         for rule in settings.filters:
             column = settings.column_of(rule.field)
             check_type(rule, column, schema.field(column).type)
+        for name, column in settings.kept().items():
+            type_ = schema.field(column).type
+            if not _has_json_form(type_):
+                raise DataError(
+                    f"{path}: the column {column} is of type {type_}, which pictures cannot keep as {name}; text, "
+                    "numbers, booleans and times can be kept. Take it out of columns and filters"
+                )
 
     def _read(self, fragment: ds.ParquetFileFragment, counts: Counts) -> pa.Table | None:
         """Return the rows of a row group that pass, or None."""
@@ -294,6 +312,12 @@ def _without_excluded(
 def _is_text(type_: pa.DataType) -> bool:
     inner = type_.value_type if pa.types.is_dictionary(type_) else type_
     return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner))
+
+
+def _has_json_form(type_: pa.DataType) -> bool:
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_temporal,
+             pa.types.is_null)  # fmt: skip
+    return _is_text(type_) or any(test(type_) for test in tests)
 
 
 def _plain(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:

@@ -56,6 +56,18 @@ def memory(training: Training, num_workers: int = 1, **settings: Any) -> Memory:
     return memory_of(training, training.settings.model_copy(update=settings), SHAPE, num_workers=num_workers)
 
 
+def test_rows_at_once_are_those_of_one_shape() -> None:
+    """With aspect-ratio buckets a micro-batch is a stream's group, where the recipe does not say less."""
+    batch = TRAIN["global_batch_size"]
+    plain = trainings(recipe_of(stream={"num_streams": 8}))["stage one"]
+    grouped = trainings(recipe_of(stream={"num_streams": 8}, encode={"buckets": {}}))["stage one"]
+    assert plain.settings.micro_batch_size is None
+    assert grouped.settings.micro_batch_size == batch // 8
+    assert memory(grouped) == memory(plain, micro_batch_size=batch // 8) != memory(plain)
+    said = recipe_of(encode={"buckets": {}}, guidance={"train": {**TRAIN, "micro_batch_size": 1}})
+    assert trainings(said)["stage one"].settings.micro_batch_size == 1
+
+
 def test_time_and_bytes_by_hand() -> None:
     plan = plan_recipe(recipe_of(), gpu="h100", mfu=0.5)
     assert [(step.stage, step.name) for step in plan.steps] == [

@@ -95,6 +95,9 @@ def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
             work += _progressive(recipe, shape)
         elif stage == "evaluate":
             work.append(_evaluate(recipe, shape))
+    if recipe.encode.buckets is not None and shape.vae is not None and "encode" in recipe.stages:
+        # Rows of a micro-batch have one shape, so it is a stream's group where the recipe does not say less.
+        work = [_in_groups(each, recipe.stream.num_streams) for each in work]
     if recipe.encode.store_text or not shape.text_encoders or "encode" not in recipe.stages:
         return work
     text = Network.of(shape, "text_encoders")
@@ -104,6 +107,14 @@ def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
         else each
         for each in work
     ]
+
+
+def _in_groups(work: Work, num_streams: int) -> Work:
+    if not isinstance(work, Training) or work.stage == "teacher" or work.settings.micro_batch_size is not None:
+        return work
+    settings = work.settings
+    group = max(1, settings.global_batch_size // num_streams)
+    return replace(work, settings=settings.model_copy(update={"micro_batch_size": group}))
 
 
 def _reads(shape: Shape) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from fewstep.bench.data.checks import shuffle_quality
+from fewstep.bench.data.measure import on_one_core
 from fewstep.bench.data.pictures import picture_samples
-from fewstep.bench.data.run import DataBenchSettings, bench_data, table
+from fewstep.bench.data.run import DataBenchSettings, bench_data, own_store, table
 from fewstep.cli import main
 from fewstep.data.stream import StreamSettings
 
@@ -22,6 +25,19 @@ def test_pictures_are_as_img2dataset_leaves_them() -> None:
     assert len(sizes) >= 3
     assert samples == list(picture_samples(12, resolution=64))
     assert len({sample["jpg"] for sample in samples}) == 12
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a single core cannot be shared out")
+def test_readers_and_the_store_take_no_time_from_each_other() -> None:
+    before = os.sched_getaffinity(0)
+    with own_store():
+        assert os.sched_getaffinity(0) == before
+        servers = [each for each in psutil.Process().children(recursive=True) if "weed" in each.name()]
+        assert servers
+        readers = on_one_core(os.sched_getaffinity, 0)
+        assert len(readers) == 1
+        for server in servers:
+            assert not readers & set(server.cpu_affinity())
 
 
 @pytest.mark.slow

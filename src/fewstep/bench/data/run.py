@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,7 +79,7 @@ def bench_data(settings: DataBenchSettings, *, command: str = "", say: Say = lam
         "cores": len(os.sched_getaffinity(0)),
         "environment": Environment.here(torch.device("cpu"), command).model_dump(),
     }
-    with _store() as storage:
+    with own_store() as storage:
         say(f"makes {settings.images} pictures and {settings.latents} latents …")
         pictures = _write(
             picture_samples(settings.images, resolution=settings.resolution), "pictures", settings.images, storage
@@ -123,11 +123,13 @@ _IN_PIECES = StreamSettings(num_streams=_NUM_STREAMS, piece_bytes=2**20, shuffle
 
 
 @contextmanager
-def _store() -> Iterator[Storage]:
-    with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder, away_from_that_core():
+def own_store() -> Iterator[Storage]:
+    """Start an S3 server that keeps to the cores that `on_one_core` leaves it."""
+    with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder, ExitStack() as ended:
         settings = StorageSettings(home=Path(folder), bucket="bench")
-        with open_storage(settings) as storage:
-            yield storage
+        with away_from_that_core():  # for the start alone: readers must not stay on the server's cores either
+            storage = ended.enter_context(open_storage(settings))
+        yield storage
 
 
 def _write(samples: Iterator[Mapping[str, Any]], name: str, count: int, storage: Storage) -> ShardIndex:

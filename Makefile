@@ -57,20 +57,11 @@ img2dataset: $(IMG2DATASET)/.installed ## Make .venv-img2dataset, with what down
 demo: install ## Run the main job from end to end on this machine (at most 15 minutes on 2 cores)
 	$(FEWSTEP) demo
 
-# Two processes of one thread each: one has the tests that need a Ray, and then the demo, which starts its own; the other
-# those that need none.
-WITHOUT_RAY := $(patsubst %,tests/integration/test_%.py,img2dataset storage_s3 stream_s3 tracking_mlflow)
-RAY_LATER := tests/integration/test_demo.py
-WITH_RAY := $(filter-out $(WITHOUT_RAY) $(RAY_LATER),$(wildcard tests/integration/test_*.py))
+# Processes of one thread each; more of them than cores, as tests also wait for servers and for programs that begin.
+TEST_PROCESSES ?= 3
 
 test: lint types contracts img2dataset ## Run every check and every test that needs no GPU
-	@export OMP_NUM_THREADS=1; mkdir -p runs; \
-	  { with_ray=0; $(BIN)/python -m pytest -p no:cacheprovider $(WITH_RAY) || with_ray=$$?; \
-	    $(BIN)/python -m pytest -p no:cacheprovider $(RAY_LATER) || with_ray=$$?; exit $$with_ray; } > runs/test-ray.log 2>&1 & \
-	  others=0; $(BIN)/python -m pytest $(addprefix --ignore=,$(WITH_RAY) $(RAY_LATER)) || others=$$?; \
-	  with_ray=0; wait $$! || with_ray=$$?; \
-	  cat runs/test-ray.log; \
-	  exit $$((others | with_ray))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
 
 lint: install-dev ## Check style and format (ruff)
 	$(BIN)/ruff check src tests

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from fewstep.data.source import BadSampleError
+from fewstep.data.sample import BadSampleError
 
 
 def make_samples(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fewstep.errors import FewstepError, StorageError
 from fewstep.recipe import Recipe, StageName
-from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, fingerprint, stage_uri
-from fewstep.stages.context import DATA_DIGEST_TAG, DONE, data_tags
+from fewstep.stages.all_stages import STAGES
+from fewstep.stages.context import DATA_DIGEST_TAG, DONE, Artifact, StageContext, data_tags, find_artifact, stage_uri
+from fewstep.stages.fingerprints import fingerprint
 from fewstep.stages.memory import Usage
 from fewstep.storage import Storage, join
 from fewstep.train.cluster import local_ray

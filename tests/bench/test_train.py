@@ -16,8 +16,8 @@ from fewstep.data.latents import latent_sample
 from fewstep.data.shards import write_index, write_shard
 from fewstep.errors import RecipeError
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import stage_uri
 from fewstep.stages.batches import format_of
+from fewstep.stages.context import stage_uri
 from fewstep.storage import Storage, join
 from tiny import tiny_teacher, tiny_teacher_folder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewstep.data.latents import LATENTS_MEMBER, condition_member, decode_latents, latent_sample
-from fewstep.data.source import BadSampleError
+from fewstep.data.sample import BadSampleError
 
 TEXT_MEMBER = condition_member("text")
 

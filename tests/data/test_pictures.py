@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fewstep.data.pictures import decode_class_picture, decode_picture
-from fewstep.data.source import BadSampleError
+from fewstep.data.sample import BadSampleError
 from fewstep.errors import DataError
 
 

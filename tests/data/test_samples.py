@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fewstep.data.sample import BadSampleError, FilteredError
 from fewstep.data.samples import NO_RULES, CaptionSource, FieldFilter, SampleRules, with_rules
 from fewstep.data.shards import write_shards
-from fewstep.data.source import BadSampleError, FilteredError, SampleCounts, iterate_samples
+from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import DataError
 from fewstep.storage import Storage, StorageSettings
 

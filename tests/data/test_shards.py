@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from fewstep.data.sample import BadSampleError
 from fewstep.data.shards import read_index, write_metadata, write_shards
-from fewstep.data.source import BadSampleError, SampleCounts, iterate_samples
+from fewstep.data.source import SampleCounts, iterate_samples
 from fewstep.errors import DataError, StorageError
 from fewstep.storage import Storage, StorageSettings
 

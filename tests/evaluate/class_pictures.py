@@ -10,7 +10,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.evaluate.classes import ClassifierSettings, ClassResult, ClassRowSpec, Measured, PictureClassifier
+from fewstep.evaluate.classes.classifier import ClassifierSettings, PictureClassifier
+from fewstep.evaluate.classes.jackknife import Measured
+from fewstep.evaluate.classes.schema import ClassResult, ClassRowSpec
 
 NUM_CLASSES = 10
 

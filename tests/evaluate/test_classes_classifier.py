@@ -9,7 +9,7 @@ import torch
 from tests.evaluate.class_pictures import digits, fitted_classifier, new_classifier, real_digits, training_digits
 
 from fewstep.errors import DataError, ModelError
-from fewstep.evaluate.classes import ClassifierSettings, PictureClassifier
+from fewstep.evaluate.classes.classifier import ClassifierSettings, PictureClassifier
 
 
 def test_it_learns_and_its_outputs_have_their_form() -> None:

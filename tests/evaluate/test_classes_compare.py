@@ -14,19 +14,12 @@ from tests.evaluate.class_pictures import fake_sampler, fitted_classifier, real_
 from torch import Tensor
 
 from fewstep.errors import DataError
-from fewstep.evaluate.classes import (
-    ClassCompareSettings,
-    ClassComparison,
-    ClassRowSpec,
-    all_tables,
-    compare_classes,
-    metric_table,
-    read_class_report,
-    table_specs,
-    to_markdown,
-    write_class_report,
-)
+from fewstep.evaluate.classes.compare import ClassComparison, compare_classes, table_specs
+from fewstep.evaluate.classes.report import read_class_report, write_class_report
 from fewstep.evaluate.classes.rows import _median_of
+from fewstep.evaluate.classes.schema import ClassRowSpec
+from fewstep.evaluate.classes.settings import ClassCompareSettings
+from fewstep.evaluate.classes.tables import all_tables, metric_table, to_markdown
 
 LABELS = torch.arange(200) % 10
 SEEDS = range(1000, 1200)

@@ -8,8 +8,10 @@ import pytest
 from tests.evaluate.class_pictures import row
 
 from fewstep.errors import DataError, SamplingError
-from fewstep.evaluate.classes import METHOD_NAMES, ClassCompareSettings, ClassRowSpec, table_specs
+from fewstep.evaluate.classes.compare import table_specs
 from fewstep.evaluate.classes.headline import compute_headline
+from fewstep.evaluate.classes.schema import METHOD_NAMES, ClassRowSpec
+from fewstep.evaluate.classes.settings import ClassCompareSettings
 
 SETTINGS = ClassCompareSettings()
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,8 @@ def recipe_of(metadata: str, storage: Storage, tmp: Path, **changes: Any) -> Rec
 
 
 @pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    folder = tmp_path_factory.mktemp("tracking")
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{folder}/mlflow.db"), storage))
+def workplace(storage: Storage, new_database: Callable[[], str]) -> Workplace:
+    return Workplace(storage, Tracker.open(TrackingSettings(uri=new_database()), storage))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import io
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(ray_cluster: Any, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(
+    ray_cluster: Any, storage: Storage, new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
     """A registered student of four steps whose files lie in S3, and one of one step in a folder."""
     root = tmp_path_factory.mktemp("students")
-    tracking = TrackingSettings(uri=f"sqlite:///{root / 'mlflow.db'}", experiment="serve")
+    tracking = TrackingSettings(uri=new_database(), experiment="serve")
     tracker = Tracker.open(tracking, storage)
     tags = {"num_inference_steps": "4", "teacher": "tiny", "data_digest": "d", "fingerprint": "f"}
     with tracker.run("register", key="register") as run:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from fewstep.cli import main
 from fewstep.errors import ModelError
 from fewstep.models import read_student_info
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import STAGES, Artifact, StageContext, find_artifact, memory, stage_uri
+from fewstep.stages import memory
+from fewstep.stages.all_stages import STAGES
+from fewstep.stages.context import Artifact, StageContext, find_artifact, stage_uri
 from fewstep.stages.evaluate import evaluate_models
 from fewstep.stages.fingerprints import data_digest, folder_digest
 from fewstep.storage import Storage, join
@@ -49,9 +52,8 @@ def recipe(teacher: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    settings = TrackingSettings(uri=f"sqlite:///{database}", experiment="tiny-workflow")
+def workplace(storage: Storage, new_database: Callable[[], str]) -> Workplace:
+    settings = TrackingSettings(uri=new_database(), experiment="tiny-workflow")
     return Workplace(storage, Tracker.open(settings, storage))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,9 +14,8 @@ from in_process import trainings_in_process
 
 
 @pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
+def workplace(storage: Storage, new_database: Callable[[], str]) -> Workplace:
+    return Workplace(storage, Tracker.open(TrackingSettings(uri=new_database(), experiment="t"), storage))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from fewstep.data.shards import read_index, write_shards
 from fewstep.data.source import iterate_samples
 from fewstep.errors import RecipeError
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import fingerprint, fingerprints
+from fewstep.stages import fingerprints
+from fewstep.stages.fingerprints import fingerprint
 from fewstep.storage import join
 from fewstep.train import run
 from fewstep.train.in_process import train_in_process

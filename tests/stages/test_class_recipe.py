@@ -11,7 +11,7 @@ import pytest
 
 from fewstep.models import ClassConditionalPipeline
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import Artifact
+from fewstep.stages.context import Artifact
 from fewstep.stages.evaluate_classes import _Sampler
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model

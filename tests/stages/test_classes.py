@@ -28,8 +28,8 @@ from fewstep.models import (
 )
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stage_settings import ConvertStage
-from fewstep.stages import Artifact, stage_uri
 from fewstep.stages.batches import SampleFormat, picture_decoder
+from fewstep.stages.context import Artifact, stage_uri
 from fewstep.stages.convert import _export as _export_converted
 from fewstep.stages.convert import _objective as _convert
 from fewstep.stages.evaluate_classes import _dpm_solver

@@ -115,7 +115,11 @@ def test_a_student_of_a_single_w_is_judged_at_its_own(handed: Callable[..., dict
 
 
 def test_students_of_a_converted_teacher_are_held_against_it(
-    storage: Storage, bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage,
+    bucket_uri: str,
+    new_database: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     student = tiny_student_folder(tmp_path / "student", num_inference_steps=2)
     train = {"updates": 1, "global_batch_size": 8, "learning_rate": 1e-3}
@@ -134,7 +138,7 @@ def test_students_of_a_converted_teacher_are_held_against_it(
         raise ModelError("far enough")
 
     monkeypatch.setattr(evaluate_stage, "_compare", compare)
-    tracker = Tracker.open(TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="t"), storage)
+    tracker = Tracker.open(TrackingSettings(uri=new_database(), experiment="t"), storage)
     with pytest.raises(FewstepError, match="stage convert of recipe tiny has not finished"):
         evaluate_stage.evaluate_models(recipe, storage, tracker, students=[str(student)], out=tmp_path)
     facts = {"teacher": "s3://converted", "teacher_digest": "d"}

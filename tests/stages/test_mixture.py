@@ -20,11 +20,11 @@ from fewstep.data.shards import write_shards
 from fewstep.errors import RecipeError
 from fewstep.models import load_model
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import Artifact, StageContext, find_artifact, fingerprint
 from fewstep.stages.batches import sample_batches
+from fewstep.stages.context import Artifact, StageContext, find_artifact
 from fewstep.stages.encode_shards import EncodeTask, ShardEncoder
 from fewstep.stages.evaluate_classes import _pictures
-from fewstep.stages.fingerprints import autoencoder_fingerprint, data_digest
+from fewstep.stages.fingerprints import autoencoder_fingerprint, data_digest, fingerprint
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.workflow import run_stage

@@ -11,7 +11,8 @@ from fewstep.data.shards import read_index
 from fewstep.data.source import iterate_samples
 from fewstep.errors import ModelError
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import Artifact, fingerprint
+from fewstep.stages.context import Artifact
+from fewstep.stages.fingerprints import fingerprint
 from fewstep.workflow import run_stage
 from fewstep.workplace import Workplace
 from tiny import tiny_recipe, tiny_sdxl, tiny_teacher_folder

@@ -29,9 +29,8 @@ TRAIN = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def tracker(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage)
+def tracker(storage: Storage, new_database: Callable[[], str]) -> Tracker:
+    return Tracker.open(TrackingSettings(uri=new_database(), experiment="t"), storage)
 
 
 @pytest.fixture(scope="module")

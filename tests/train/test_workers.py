@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from real_training import Kind
 from unet_training import curve, exported, tiny_unet, unet_job
-from worker_processes import begin_again, run_workers
+from worker_processes import STAGES, begin_again, run_workers, stage_job
 
 from fewstep.train.parallel import compilable
+from tiny import tiny_student_folder, tiny_teacher_folder
 
 pytestmark = pytest.mark.slow  # two processes begin, and each gathers shards over a slow network
 
@@ -24,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("workers")
     curve(unet_job(), folder / "alone", kill_after=3)
+    tiny_teacher_folder(folder / "teacher")
+    tiny_student_folder(folder / "student")
     run_workers(folder)
     return folder
 
@@ -62,6 +66,20 @@ def test_two_workers_give_the_curve_and_the_weights_of_one_process(
     figures = result["curve"] if strategy == "fsdp" else result
     assert len(figures) == 4
     check(figures, folder / strategy, plain)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_two_workers_give_each_stage_the_curve_of_one_process(kind: Kind, folder: Path, tmp_path: Path) -> None:
+    alone = curve(stage_job(kind, folder), tmp_path)
+    ours = {int(done): values for done, values in found(folder)[kind].items()}
+    assert len(alone) == 10
+    assert ours.keys() == alone.keys()
+    for done, values in ours.items():
+        assert values == pytest.approx(alone[done], rel=1e-3), done
+    weights, theirs = exported(folder / kind), exported(tmp_path)
+    # An attention's scores do not depend on the bias of its keys: Adam makes steps of the noise of that gradient.
+    told = [name for name in theirs if not name.endswith("k_proj.bias")]
+    assert all(torch.allclose(weights[name], theirs[name], atol=1e-3) for name in told)
 
 
 def test_each_worker_holds_half_of_every_network(folder: Path) -> None:

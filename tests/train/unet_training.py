@@ -111,11 +111,11 @@ class Killed(BaseException):
 
 
 def curve(job: TrainJob, folder: Path | None = None, *, kill_after: int | None = None) -> dict[int, tuple[float, ...]]:
-    """Train and return (loss, gradient norm, target) by update."""
+    """Train and return (loss, gradient norm, target if there is one) by update."""
     figures: dict[int, tuple[float, ...]] = {}
 
     def note(done: int, means: dict[str, float]) -> None:
-        figures[done] = means["loss"], means["grad_norm"], means["target"]
+        figures[done] = tuple(means[name] for name in ("loss", "grad_norm", "target") if name in means)
         if done == kill_after:
             raise Killed
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from real_training import Kind, real_job
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -18,16 +19,24 @@ from unet_training import FollowObjective, curve, unet_job
 
 from fewstep.errors import FewstepError
 from fewstep.train.in_process import train_in_process
+from fewstep.train.job import TrainJob
 from fewstep.train.parallel import Workers, gradient_sync
 
 WORLD_SIZE = 2
+STAGES: tuple[Kind, ...] = ("denoising", "guidance", "progressive")
 DDP = {"micro_batch_size": 2}
 FSDP = {"strategy": "fsdp", "shard_frozen": True, "gradient_checkpointing": True, "micro_batch_size": 2}
 
 
 def run_workers(folder: Path) -> None:
-    """Do everything below in two processes; `folder/alone` holds a training that one process began and left."""
+    """Do everything below in two processes; `folder/alone` holds a training that one process began and left, and
+    `folder/teacher` and `folder/student` hold models."""
     mp.spawn(_work, (str(folder),), nprocs=WORLD_SIZE)
+
+
+def stage_job(kind: Kind, folder: Path) -> TrainJob:
+    """Return a short training of a stage, whose model lies in `folder`."""
+    return real_job(kind, folder / ("student" if kind == "progressive" else "teacher"), updates=10)
 
 
 def begin_again(whole: Path, folder: Path) -> None:
@@ -54,6 +63,8 @@ def _work(rank: int, folder: str) -> None:
         "toy": _error(toy_job(updates=1, strategy="fsdp", gradient_checkpointing=True)),
         "passes": _passes(),
     }
+    for kind in STAGES:
+        found[kind] = curve(stage_job(kind, here), here / kind)
     (here / f"found-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -26,9 +26,8 @@ from fewstep.plan.shapes import Shape, shape_of_folder
 from fewstep.plan.teacher import find_shape
 from fewstep.recipe import Recipe
 from fewstep.stage_settings import GuidanceStage, ProgressiveStage
-from fewstep.stages import find_artifact
 from fewstep.stages.batches import SampleFormat, sample_batches
-from fewstep.stages.context import encoded_shards
+from fewstep.stages.context import encoded_shards, find_artifact
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.settings import TrainSettings

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fewstep.data.sample import Bytes
 from fewstep.data.shards import Shard
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class DiskCache:
             return None
         return content[: -_FOOTER.size]
 
-    def put(self, shard: Shard, start: int, end: int, data: bytes | bytearray | memoryview) -> None:
+    def put(self, shard: Shard, start: int, end: int, data: Bytes) -> None:
         """Keep the bytes of a piece, if there is room."""
         if not self._on or not self._make_room(len(data)):
             return
@@ -146,5 +147,5 @@ class DiskCache:
             )  # fmt: skip
 
 
-def _footer(data: bytes | bytearray | memoryview) -> tuple[int, int]:
+def _footer(data: Bytes) -> tuple[int, int]:
     return len(data), zlib.crc32(data)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep.data.mixed_stream import Drawn, MixedStream, StreamState, Whereabouts
 from fewstep.data.pieces import LoadedPiece, PieceSource
-from fewstep.data.source import Decode, SampleCounts, as_sample, decode_sample
+from fewstep.data.sample import Decode
+from fewstep.data.source import SampleCounts, as_sample, decode_sample
 
 
 class GroupedStream:

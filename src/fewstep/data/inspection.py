@@ -16,9 +16,10 @@ from PIL import Image
 from fewstep.data.order import cut_pieces
 from fewstep.data.pictures import EXTENSIONS, decode_picture
 from fewstep.data.pieces import PieceReader
+from fewstep.data.sample import Sample
 from fewstep.data.samples import SampleRules
 from fewstep.data.shards import Shard, ShardIndex
-from fewstep.data.source import Sample, SampleCounts, as_sample, decode_sample
+from fewstep.data.source import SampleCounts, as_sample, decode_sample
 from fewstep.errors import DataError
 from fewstep.storage import Storage
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.source import BadSampleError, Sample
+from fewstep.data.sample import BadSampleError, Sample
 
 _NPY_PREFIX = 10  # magic, version and length of the rest of the head
 LATENTS_MEMBER = "latents.npy"

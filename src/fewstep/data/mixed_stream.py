@@ -11,8 +11,9 @@ from fewstep.data.canonical import CanonicalStream, Place, ShardOrder
 from fewstep.data.mixture import MixedShards, source_seed
 from fewstep.data.order import next_source, source_starts
 from fewstep.data.pieces import PieceSource
+from fewstep.data.sample import Decode
 from fewstep.data.shards import Shard
-from fewstep.data.source import Decode, SampleCounts, as_sample, decode_sample
+from fewstep.data.source import SampleCounts, as_sample, decode_sample
 from fewstep.errors import CheckpointError, DataError
 
 Position = tuple[int, int, int]

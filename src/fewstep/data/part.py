@@ -15,7 +15,8 @@ from fewstep.data.disk_cache import DiskCache
 from fewstep.data.grouped import GroupedStream
 from fewstep.data.mixed_stream import MixedOrder, MixedStream, StreamState
 from fewstep.data.pieces import PieceMemory, PieceReader, PieceSource
-from fewstep.data.source import Decode, SampleCounts
+from fewstep.data.sample import Decode
+from fewstep.data.source import SampleCounts
 from fewstep.errors import DataError
 from fewstep.storage import Storage
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fewstep.data.disk_cache import DiskCache
+from fewstep.data.sample import Bytes
 from fewstep.data.shards import Shard
-from fewstep.data.tar_piece import LEAD_BYTES, Bytes, PieceContent, RawSample, parse_piece, parse_sample
+from fewstep.data.tar_piece import LEAD_BYTES, PieceContent, RawSample, parse_piece, parse_sample
 from fewstep.errors import DataError
 from fewstep.storage import ObjectNotFoundError, Storage
 

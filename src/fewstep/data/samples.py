@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fewstep.data.source import BadSampleError, Decode, FilteredError, Sample
+from fewstep.data.sample import BadSampleError, Decode, FilteredError, Sample
 
 _MEMBER = "txt"
 _PLACE = re.compile(r"\{(\w*)\}")

@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from webdataset.tariterators import base_plus_ext
 
 from fewstep.errors import DataError
 from fewstep.storage import ObjectInfo, Storage, join
@@ -171,7 +170,7 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = sample.get("__key__")
-            if not isinstance(key, str) or base_plus_ext(f"{key}.x") != (key, "x"):
+            if not isinstance(key, str) or not key or "." in key.rpartition("/")[2]:
                 raise DataError(
                     f"The sample key {key!r} cannot be a file name: it must be a text without '.', which may have "
                     "folders before it ('a/b')."

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fewstep.data.order import cut_pieces
 from fewstep.data.pieces import CUT_SHORT, MISSING, PieceReader
+from fewstep.data.sample import BadSampleError, Decode, FilteredError, Sample
 from fewstep.data.shards import Shard, ShardIndex
 from fewstep.data.tar_piece import RawSample
 from fewstep.errors import DataError
@@ -18,27 +19,8 @@ from fewstep.storage import Storage
 logger = logging.getLogger(__name__)
 
 _SEEN_BEFORE_JUDGING = 100
-_ARRAY = "npy"
+_LARGE = ("npy", "jpg", "jpeg", "png", "webp")
 _PIECE_BYTES = 16 << 20  # of a pass through a shard from its begin to its end
-
-Sample = dict[str, Any]  # "__key__": str, and the members by extension: bytearray; arrays (.npy): memoryview
-Decode = Callable[[Sample], dict[str, Any]]
-
-
-class BadSampleError(DataError):
-    """A sample that cannot be used. `reason` is a short constant text: samples are counted by it."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-
-
-class FilteredError(DataError):
-    """A sample that a filter leaves out: nothing is wrong with it. `reason` is a short constant text, as of the bad."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass
@@ -231,11 +213,11 @@ def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: Sam
 
 
 def as_sample(raw: RawSample) -> Sample:
-    """The sample with copies of its members, but views of its arrays: those are large, and stacking copies them.
+    """The sample with copies of its members, but views of pictures and arrays, which are large and copied in decoding.
 
-    So whoever changes an array, or keeps it for long (it keeps its whole piece in memory), makes a copy.
+    Whoever changes an array, or keeps it for long (it keeps its whole piece in memory), makes a copy.
     """
-    members = {name: data if name.endswith(_ARRAY) else bytearray(data) for name, data in raw.members.items()}
+    members = {name: data if name.endswith(_LARGE) else bytearray(data) for name, data in raw.members.items()}
     return {"__key__": raw.key, **members}
 
 

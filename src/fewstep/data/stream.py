@@ -22,8 +22,9 @@ from fewstep.data.mixture import MixedShards
 from fewstep.data.order import check_streams, own_streams
 from fewstep.data.part import Part, PartBatch, PartReader, join_batches
 from fewstep.data.processes import Batches, InProcesses, OnAThread
+from fewstep.data.sample import Decode
 from fewstep.data.shards import Shard, ShardIndex
-from fewstep.data.source import Decode, SampleCounts, known_samples
+from fewstep.data.source import SampleCounts, known_samples
 from fewstep.errors import CheckpointError, DataError
 from fewstep.storage import Storage
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from webdataset.tariterators import base_plus_ext
 
+from fewstep.data.sample import Bytes
 from fewstep.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -32,8 +33,6 @@ _FILES = b"0\x007"
 _NO_DATA = b"123456"
 _MAGIC = re.compile(b"ustar")
 _ZERO_BLOCK = bytes(BLOCK)
-
-Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from fewstep.data.latents import decode_latents
 from fewstep.data.mixture import Shards, list_shards
 from fewstep.data.pictures import decode_class_picture, decode_picture
+from fewstep.data.sample import Decode
 from fewstep.data.samples import NO_RULES, SampleRules, with_rules
-from fewstep.data.source import Decode
 from fewstep.data.stream import ShardStream, StreamSettings
 from fewstep.distill import joint_tokenizers
 from fewstep.distill.tokens import conditions_without_text

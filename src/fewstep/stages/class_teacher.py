@@ -16,7 +16,7 @@ from fewstep.data.classes import class_names as class_picture_names
 from fewstep.data.emoji import class_names as emoji_names
 from fewstep.data.mixture import Shards, iterate_mixture, list_shards
 from fewstep.data.pictures import decode_class_picture
-from fewstep.data.source import Decode
+from fewstep.data.sample import Decode
 from fewstep.distill import DenoisingObjective
 from fewstep.errors import RecipeError
 from fewstep.models import COSINE_CONFIG, ClassParts, load_model

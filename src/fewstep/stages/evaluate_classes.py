@@ -21,13 +21,10 @@ from fewstep.diffusion.prediction import from_sample, to_sample
 from fewstep.diffusion.samplers import Model
 from fewstep.errors import RecipeError
 from fewstep.evaluate.baselines import dpm_solver
-from fewstep.evaluate.classes import (
-    ClassRowSpec,
-    PictureClassifier,
-    compare_classes,
-    table_specs,
-    write_class_report,
-)
+from fewstep.evaluate.classes.classifier import PictureClassifier
+from fewstep.evaluate.classes.compare import compare_classes, table_specs
+from fewstep.evaluate.classes.report import write_class_report
+from fewstep.evaluate.classes.schema import ClassRowSpec
 from fewstep.models import ClassModel, Denoiser, initial_noise, load_model
 from fewstep.stages.batches import picture_decoder
 from fewstep.stages.context import StageContext

@@ -5,7 +5,6 @@ Everything is done in pieces, each of which leaves a record when it is whole; a 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -13,15 +12,12 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
-
 from fewstep.data.metadata.buckets import Span
-from fewstep.data.metadata.download import DownloadSettings, download
 from fewstep.data.metadata.img2dataset import find_command
 from fewstep.data.metadata.scan import SAME_CAPTION, SAME_URL, Counts, ParquetSource, reasons
 from fewstep.data.metadata.selection import (
@@ -32,17 +28,17 @@ from fewstep.data.metadata.selection import (
     deal_rows,
     drop_same_captions,
     drop_same_urls,
-    read_part,
     take_rows,
     takes_of,
 )
 from fewstep.data.metadata.settings import MetadataSettings
-from fewstep.data.shards import Shard, tar_of, write_index
+from fewstep.data.shards import Shard, write_index
 from fewstep.data.splits import Split
 from fewstep.errors import DataError
 from fewstep.recipe import digest
 from fewstep.stages.context import StageContext, shards_uri
 from fewstep.stages.fingerprints import drawn_splits
+from fewstep.stages.metadata_tasks import DownloadedPart, download_part, load, nothing_came, recorded
 from fewstep.stages.on_ray import run_tasks
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
@@ -52,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: A download of so many rows that brings not one picture tells of the network or of the settings, not of the pictures.
-_ROWS_THAT_CANNOT_ALL_FAIL = 100
 _RECORDS_AT_ONCE = 32
 
 
@@ -70,17 +64,6 @@ class Selection:
     counts: Counts
     parts: tuple[Part, ...]
     source_digest: str
-
-
-@dataclass(frozen=True)
-class DownloadedPart:
-    """What became of a part, named by its digest; shard is None when none of its pictures could be had."""
-
-    part: str
-    shard: dict[str, Any] | None
-    attempted: int
-    failures: dict[str, int]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -232,7 +215,7 @@ def download_split(
     with Progress(label, sum(part.num_rows for part in parts), "pictures", done=done) as progress:
         tasks = [(parts[number], target, uris[number], settings.download, storage) for number in missing]
         for number, result in run_tasks(
-            _download_part, tasks, cluster=cluster, what=label, num_cpus=settings.download.processes,
+            download_part, tasks, cluster=cluster, what=label, num_cpus=settings.download.processes,
             at_most=settings.at_once,
         ):  # fmt: skip
             found[missing[number]] = result
@@ -250,7 +233,7 @@ def download_split(
     ]
     attempted = sum(each.attempted for each in found.values())
     if not shards:
-        raise DataError(_nothing_came(attempted, failures))
+        raise DataError(nothing_came(attempted, failures))
     index = write_index(shards, target, storage=storage)
     facts = {
         "uri": target, "digest": index.digest, "num_samples": index.num_samples, "num_shards": len(index.shards),
@@ -299,53 +282,14 @@ def _phase(
     missing = [number for number, uri in enumerate(uris) if uri not in there]
     with Progress(what, len(calls), "tasks", done=len(calls) - len(missing)) as progress:
         tasks = [(calls[number], uris[number], storage) for number in missing]
-        for _ in run_tasks(_recorded, tasks, cluster=cluster, what=what):
+        for _ in run_tasks(recorded, tasks, cluster=cluster, what=what):
             progress.advance()
     return _load_all(type_, uris, storage)
 
 
-def _recorded(call: Callable[[], Any], uri: str, storage: Storage) -> None:
-    result = call()
-    storage.write_json(uri, [asdict(each) for each in result] if isinstance(result, list) else asdict(result))
-
-
 def _load_all(type_: type[T], uris: Sequence[str], storage: Storage) -> list[T]:
     with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
-        return list(pool.map(lambda uri: _load(type_, uri, storage), uris))
-
-
-def _load(type_: type[T], uri: str, storage: Storage) -> T:
-    return TypeAdapter(type_).validate_python(storage.read_json(uri))
-
-
-def _download_part(
-    part: Part, target: str, record_uri: str, settings: DownloadSettings, storage: Storage
-) -> DownloadedPart:
-    rows = read_part(part.uri, storage=storage)
-    with tempfile.TemporaryDirectory(prefix="fewstep-download-") as folder:
-        fetched = download(rows, Path(folder), settings=settings)
-        if not fetched.succeeded and fetched.attempted >= _ROWS_THAT_CANNOT_ALL_FAIL:
-            raise DataError(_nothing_came(fetched.attempted, fetched.failures))
-        shard: dict[str, Any] | None = None
-        if fetched.succeeded:
-            data = tar_of(fetched.samples())
-            sha256 = hashlib.sha256(data).hexdigest()
-            # What the web gives differs from try to try: with its digest in its name, a shard that a second task of the
-            # same part writes is another one, and the record says which of the two counts.
-            name = f"{part.name}-{sha256[:8]}.tar"
-            storage.write_bytes(join(target, name), data)
-            shard = {
-                "name": name, "num_samples": fetched.succeeded, "size_bytes": len(data), "sha256": sha256
-            }  # fmt: skip
-    result = DownloadedPart(part.digest, shard, fetched.attempted, fetched.failures, fetched.seconds)
-    while not storage.write_bytes(record_uri, json.dumps(asdict(result)).encode(), if_absent=True):
-        first = _load(DownloadedPart, record_uri, storage)
-        if first.part == part.digest:
-            if shard is not None and (first.shard is None or first.shard["name"] != shard["name"]):
-                storage.delete(join(target, shard["name"]))
-            return first
-        storage.delete(record_uri)  # of other rows
-    return result
+        return list(pool.map(lambda uri: load(type_, uri, storage), uris))
 
 
 def _in_metrics(reason: str) -> str:
@@ -361,12 +305,4 @@ def _nothing_left(settings: MetadataSettings, counts: Counts) -> str:
         ". "
         + (f"Values before each filter: {seen}. " if seen else "")
         + "Look at the filters and columns; a share may be meant where the column has per cent, or the other way round"
-    )
-
-
-def _nothing_came(attempted: int, failures: dict[str, int]) -> str:
-    reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(failures.items(), key=lambda each: -each[1]))
-    return (
-        f"prepare_metadata: of {attempted} pictures not one could be had: {reasons}. Can this machine reach the "
-        "addresses, by a proxy perhaps (HTTPS_PROXY)? Do the limits in prepare_metadata.download leave any picture?"
     )

@@ -12,7 +12,7 @@ from aiohttp import web
 from fewstep.bench.data.proxy import Proxy
 from fewstep.bench.data.readers import DataSet
 from fewstep.data.pieces import PieceReader
-from fewstep.data.source import Sample
+from fewstep.data.sample import Sample
 from fewstep.data.stream import ShardStream
 
 _BUSY = "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"

@@ -24,8 +24,9 @@ from fewstep.data.latents import decode_latents
 from fewstep.data.part import stack_samples
 from fewstep.data.pictures import decode_picture
 from fewstep.data.pieces import PieceReader
+from fewstep.data.sample import Decode
 from fewstep.data.shards import ShardIndex
-from fewstep.data.source import Decode, as_sample
+from fewstep.data.source import as_sample
 from fewstep.data.stream import ShardStream, StreamSettings
 from fewstep.errors import DataError
 from fewstep.storage import Storage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,14 @@ from diffusers import StableDiffusionPipeline
 
 from fewstep.models import add_pooled_text, load_parts
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages import Artifact
+from fewstep.stages.context import Artifact
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
-from fewstep.tracking.settings import TrackingSettings
-from fewstep.tracking.tracker import Tracker
 from fewstep.workflow import run_workflow
 from fewstep.workplace import Workplace
-from in_process import trainings_in_process
 from tiny import tiny_teacher
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("in_process"), pytest.mark.slow]
 
 
 def _recipe(**train_teacher: Any) -> Recipe:
@@ -49,13 +45,7 @@ def _recipe(**train_teacher: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def workplace(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    return Workplace(storage, Tracker.open(TrackingSettings(uri=f"sqlite:///{database}", experiment="t"), storage))
-
-
-@pytest.fixture(scope="module")
-def first(workplace: Workplace, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def first(workplace: Workplace, in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return run_workflow(_recipe(), workplace, out=tmp_path_factory.mktemp("out"))["teacher"]
 
 
@@ -87,14 +77,6 @@ def test_networks_were_trained_from_the_stored_beginning(first: Artifact, storag
     assert begin.vae.config["scaling_factor"] == trained.vae.config["scaling_factor"] != 1.0
 
 
-@pytest.fixture
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Ray has trained the first teacher; what is asked of the others does not depend on it."""
-    with trainings_in_process(tmp_path_factory):
-        yield
-
-
-@pytest.mark.usefixtures("in_process")
 def test_other_network_settings_keep_the_vae(first: Artifact, workplace: Workplace, tmp_path: Path) -> None:
     train = {"updates": 2, "global_batch_size": 8, "learning_rate": 1e-3}
     again = run_workflow(_recipe(train=train), workplace, out=tmp_path)["teacher"]
@@ -103,7 +85,6 @@ def test_other_network_settings_keep_the_vae(first: Artifact, workplace: Workpla
     assert again.facts["network"]["updates"] == 2
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_model_without_pooled_text_can_get_it(workplace: Workplace, tmp_path: Path) -> None:
     storage = workplace.storage
     old = tiny_teacher()
@@ -124,7 +105,6 @@ def test_a_model_without_pooled_text_can_get_it(workplace: Workplace, tmp_path: 
     assert all(torch.equal(fresh[key], weight) for key, weight in begin.unet.state_dict().items()), "by the seed"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_model_is_trained_on_with_its_own_vae(first: Artifact, workplace: Workplace, tmp_path: Path) -> None:
     storage = workplace.storage
     begin = join(first.uri, "export")

@@ -60,8 +60,9 @@ demo: install ## Run the main job from end to end on this machine (at most 15 mi
 # Processes of one thread each; more of them than cores, as tests also wait for servers and for programs that begin.
 TEST_PROCESSES ?= 3
 
-test: lint types contracts img2dataset ## Run every check and every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
+test: install-dev ## Run every check and every test that needs no GPU
+	@$(MAKE) --no-print-directory -j2 --output-sync lint types contracts img2dataset
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 lint: install-dev ## Check style and format (ruff)
 	$(BIN)/ruff check src tests

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,19 +17,33 @@ from fewstep.tracking.connection import connect
 from fewstep.tracking.settings import TrackingSettings
 
 _numbers = itertools.count()
-_TURN = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let pytest-xdist keep the tests of a file in one process, as they share fixtures, and all that need a Ray in one
-    too; these, and the demo, take longest, so they begin first."""
-    of_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    first = {"ray": 0, "test_demo.py": 1}
-    for item in items:
-        name = "ray" if item.path in of_ray else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name if name in first else str(item.path)))
-        item.stash[_TURN] = first.get(name, 2)
-    items.sort(key=lambda item: item.stash[_TURN])
+    """Begin with the tests that need a Ray: together they take longest."""
+    items.sort(key=lambda item: not _needs_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one of pytest-xdist's processes, as they share fixtures, and all that need a Ray too.
+
+    xdist's own `--dist loadgroup` does not know groups under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ray" if _needs_ray(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False  # it would put files of many tests first, however long they take
+    return ByFile(config, log)
+
+
+@functools.cache
+def _needs_ray(file: Path) -> bool:
+    return file.name != "conftest.py" and "ray_cluster" in file.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -326,3 +326,19 @@ def test_a_range_is_read_from_any_body() -> None:
     assert bytes(found.data) == data[100:]
     assert [extra["Range"] for extra in asked] == ["bytes=100-2559999", "bytes=1500100-2559999"]
     assert asked[1]["IfMatch"] == '"x"'
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"ContentRange": "bytes 1000-2999/3000"}, {"ContentRange": "bytes 1000-999/1000"}, {"ETag": '"y"'}],
+)
+def test_an_object_that_changes_under_a_read_is_told_where_the_server_does_not(said: dict[str, str]) -> None:
+    answers = [{"ContentRange": "bytes 0-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000))}]
+    answers += [{"ContentRange": "bytes 1000-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000)), **said}]
+
+    def get(extra: dict[str, str]) -> dict[str, object]:
+        return {"ResponseMetadata": {"HTTPStatusCode": 206}, **answers.pop(0)}
+
+    limits, place = StorageSettings(retry_base_s=0.01), Place("there", "b")
+    with pytest.raises(StorageError, match="written again while it was read"):
+        read_range(get, 0, 2000, etag=None, what="read it", limits=limits, place=place)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.sample import BadSampleError, FilteredError
 from fewstep.data.samples import NO_RULES, CaptionSource, FieldFilter, SampleRules, with_rules
 from fewstep.data.shards import write_shards
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.errors import DataError
 from fewstep.storage import Storage, StorageSettings
 

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.sample import BadSampleError
 from fewstep.data.shards import read_index, write_metadata, write_shards
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.errors import DataError, StorageError
 from fewstep.storage import Storage, StorageSettings
 
@@ -88,7 +89,12 @@ def test_writing_that_was_cut_short_is_not_taken_for_a_data_set(tmp_path: Path) 
         ([], "No samples"),
         ([{"__key__": "a.b", "txt": b""}], r"'a\.b' cannot be a file name"),
         ([{"__key__": "a/b.c", "txt": b""}], r"'a/b\.c' cannot be a file name"),
-        ([{"__key__": "a" * 200, "txt": b""}], "too long for a tar"),
+        ([{"__key__": "a/", "txt": b""}], "'a/' cannot be a file name"),
+        ([{"__key__": "../a", "txt": b""}], r"'\.\./a' cannot be a file name"),
+        ([{"__key__": "/a", "txt": b""}], "'/a' cannot be a file name"),
+        ([{"__key__": "a\0b", "txt": b""}], "cannot be a file name"),
+        ([{"__key__": "a\ud800", "txt": b""}], "cannot be a file name in a tar"),
+        ([{"__key__": "a" * 200, "txt": b""}], "cannot be a file name in a tar: name is too long"),
         ([{"__key__": "a", "txt": b""}, {"__key__": "a", "txt": b""}], "'a' comes twice"),
         ([{"__key__": "a"}], "no members"),
         ([{"__key__": "a", "txt": "text"}], "'txt' of sample 'a' is str"),
@@ -202,6 +208,16 @@ def test_a_share_within_the_limit_passes_although_it_comes_in_heaps(tmp_path: Pa
         counts = SampleCounts(max_bad_share=0.01)
         with pytest.raises(DataError, match="shard cut short"):
             list(iterate_samples(shards, storage=LOCAL, decode=decode_text, counts=counts))
+
+
+def test_local_shards_without_an_index_are_known_by_their_content(tmp_path: Path) -> None:
+    def digest_of(text: bytes) -> str:
+        sample = {"__key__": "a", "jpg": text * 200_000, "txt": b"a"}
+        write_shards([sample], str(tmp_path), samples_per_shard=1, storage=LOCAL)
+        (tmp_path / "index.json").unlink()
+        return read_index(str(tmp_path), storage=LOCAL).digest
+
+    assert digest_of(b"x") == digest_of(b"x") != digest_of(b"y")
 
 
 def test_keys_may_have_folders(tmp_path: Path) -> None:

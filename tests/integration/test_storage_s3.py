@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import http.client
 import json
 import os
 import pickle
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -267,6 +270,33 @@ def test_a_range_goes_on_where_the_connection_broke(storage: Storage, bucket_uri
         pytest.raises(StorageError, match=r"big at byte \d+: .* did not answer properly in 4 attempts|in 4 attempts"),
     ):
         through.read_range(uri, 0, 5_000_000)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"),
+        http.client.IncompleteRead(b""),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        TimeoutError("timed out"),
+    ],
+)
+def test_a_range_goes_on_after_any_break(
+    error: Exception, storage: Storage, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, data = join(bucket_uri, "big"), os.urandom(3_000_000)
+    storage.write_bytes(uri, data)
+    readinto, calls = http.client.HTTPResponse.readinto, []
+
+    def broken(self: http.client.HTTPResponse, buffer: memoryview) -> int:
+        calls.append(len(buffer))
+        if len(calls) == 2:
+            raise error
+        return readinto(self, buffer)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "readinto", broken)
+    assert bytes(storage.read_range(uri, 0, 3_000_000).data) == data
+    assert len(calls) == 4
 
 
 @pytest.mark.usefixtures("with_keys")

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from fewstep.data.buckets import BucketSettings
+from fewstep.data.counts import SampleCounts
 from fewstep.data.latents import decode_latents
 from fewstep.data.pictures import decode_picture
 from fewstep.data.samples import CaptionSource, FieldFilter, SampleRules
 from fewstep.data.shards import read_index, write_shards
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.errors import DataError, ModelError, RecipeError
 from fewstep.models import TextToImageParts
 from fewstep.stages.encode import check_takes_buckets, check_takes_sizes
@@ -113,6 +114,19 @@ def test_a_run_that_was_killed_goes_on_at_the_shard_it_had_reached(
     assert sum(facts["skipped"].values()) == 1
     whole = _encode(source, join(bucket_uri, "whole"), parts, storage)
     assert whole["digest"] == facts["digest"]
+
+
+def test_a_run_that_goes_on_still_names_the_shards(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    samples = [_sample(number) for number in range(12)]
+    for number in (0, 1, 5):
+        samples[number]["png"] = b"broken"
+    write_shards(samples, source, samples_per_shard=4, storage=storage)
+    for _ in range(2):  # the second has nothing left to encode
+        with pytest.raises(DataError, match=r"3 of the 12 seen.*; in \S+/00000\.tar, \S+/00001\.tar\. Mend"):
+            _encode(source, target, parts, storage, max_bad_share=0.1)
+    facts = _encode(source, target, parts, storage, max_bad_share=0.3)
+    assert facts["bad_shards"] == {join(source, "00000.tar"): 2, join(source, "00001.tar"): 1}
 
 
 def test_shards_that_changed_are_encoded_again(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:

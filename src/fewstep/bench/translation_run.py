@@ -13,9 +13,10 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.pictures import decode_picture
 from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.errors import DataError, RecipeError
 from fewstep.evaluate import distances
 from fewstep.evaluate.features import Lite0Features

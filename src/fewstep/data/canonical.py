@@ -62,6 +62,7 @@ class Lost:
     start: int
     samples: int
     size_bytes: int
+    epoch: int
     reason: str
     detail: str
 
@@ -178,7 +179,9 @@ class CanonicalStream:
                 shard, count = self._order.shards[piece.shard], loaded.lost
                 if shard.num_samples is None and found_bytes:  # as many as lie in so many bytes of the block
                     count = max(count, round(loaded.lost_bytes * len(places) / found_bytes))
-                self._lost.append(Lost(shard, piece.start, count, loaded.lost_bytes, loaded.reason, loaded.detail))
+                self._lost.append(
+                    Lost(shard, piece.start, count, loaded.lost_bytes, self._epoch, loaded.reason, loaded.detail)
+                )
         mixed = shuffle_block(
             len(places), seed=self._order.seed, epoch=self._epoch, stream=self.number, block=self._block
         )

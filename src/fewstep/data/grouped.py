@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.mixed_stream import Drawn, MixedStream, StreamState, Whereabouts
 from fewstep.data.pieces import LoadedPiece, PieceSource
 from fewstep.data.sample import Decode
-from fewstep.data.source import SampleCounts, as_sample, decode_sample
+from fewstep.data.source import as_sample, decode_sample
 
 
 class GroupedStream:

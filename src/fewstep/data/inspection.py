@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.order import cut_pieces
 from fewstep.data.pictures import EXTENSIONS, decode_picture
 from fewstep.data.pieces import PieceReader
 from fewstep.data.sample import Sample
 from fewstep.data.samples import SampleRules
 from fewstep.data.shards import Shard, ShardIndex
-from fewstep.data.source import SampleCounts, as_sample, decode_sample
+from fewstep.data.source import as_sample, decode_sample
 from fewstep.errors import DataError
 from fewstep.storage import Storage
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.data.canonical import CanonicalStream, Place, ShardOrder
+from fewstep.data.counts import SampleCounts
 from fewstep.data.mixture import MixedShards, source_seed
 from fewstep.data.order import next_source, source_starts
 from fewstep.data.pieces import PieceSource
 from fewstep.data.sample import Decode
 from fewstep.data.shards import Shard
-from fewstep.data.source import SampleCounts, as_sample, decode_sample
+from fewstep.data.source import as_sample, decode_sample
 from fewstep.errors import CheckpointError, DataError
 
 Position = tuple[int, int, int]
@@ -215,7 +216,7 @@ class MixedStream:
                 counts.seen += lost.samples
                 counts.lose(
                     lost.shard.uri, lost.reason, lost.detail,
-                    samples=lost.samples, size_bytes=lost.size_bytes, start=lost.start,
+                    samples=lost.samples, size_bytes=lost.size_bytes, start=lost.start, epoch=lost.epoch,
                 )  # fmt: skip
             if stream.position[0] > first_epoch + 1:
                 worst = max(counts.shards, key=lambda shard: counts.shards[shard], default="its shards")

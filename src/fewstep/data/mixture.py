@@ -12,10 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.order import next_source
 from fewstep.data.sample import Decode
 from fewstep.data.shards import Shard, ShardIndex, read_index
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.storage import Storage
 
 #: Names stand in the names of MLflow's metrics, which are paths without dots alone.

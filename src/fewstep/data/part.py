@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.disk_cache import DiskCache
 from fewstep.data.grouped import GroupedStream
 from fewstep.data.mixed_stream import MixedOrder, MixedStream, StreamState
 from fewstep.data.pieces import PieceMemory, PieceReader, PieceSource
 from fewstep.data.sample import Decode
-from fewstep.data.source import SampleCounts
 from fewstep.errors import DataError
 from fewstep.storage import Storage
 

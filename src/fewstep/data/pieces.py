@@ -126,6 +126,7 @@ class PieceReader:
         if (start, end) == (0, shard.size_bytes) and shard.num_samples is not None:
             lost = shard.num_samples - found
             detail = detail or f"{found} of {shard.num_samples} samples"
+            content.lost_bytes = max(content.lost_bytes, lost * shard.size_bytes // max(1, shard.num_samples))
             if lost < 0:
                 raise DataError(
                     f"{shard.uri} holds {found} samples but its index says {shard.num_samples}. Write the index again."

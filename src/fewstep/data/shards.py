@@ -23,7 +23,9 @@ from fewstep.storage import ObjectInfo, Storage, join
 
 _INDEX = "index.json"
 _WRITING = ".writing"
+_STATS = "_stats.json"
 _STATS_AT_ONCE = 32
+_SAMPLED_PLACES, _SAMPLED_BYTES = 16, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -142,24 +144,37 @@ def read_index(uri: str, *, storage: Storage) -> ShardIndex:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{join(uri, _INDEX)} is damaged ({error!r}). Write the shards again.") from error
         return index
-    objects = {info.uri: info for info in storage.list(uri)}
-    if join(uri, _WRITING) in objects:
-        raise DataError(f"The writing of the shards in {uri} was cut short. Run the stage that writes them again.")
-    tars = [info for info in objects.values() if info.uri.endswith(".tar")]
+    tars: list[ObjectInfo] = []
+    with_stats: set[str] = set()
+    for info in storage.list(uri):
+        if info.uri == join(uri, _WRITING):
+            raise DataError(f"The writing of the shards in {uri} was cut short. Run the stage that writes them again.")
+        if info.uri.endswith(".tar"):
+            tars.append(info)
+        elif info.uri.endswith(_STATS):
+            with_stats.add(info.uri)
 
-    def successes(info: ObjectInfo) -> int | None:
-        stats = info.uri.removesuffix(".tar") + "_stats.json"
-        return storage.read_json(stats).get("successes") if stats in objects else None
+    def shard_of(info: ObjectInfo) -> Shard:
+        stats = info.uri.removesuffix(".tar") + _STATS
+        count = storage.read_json(stats).get("successes") if stats in with_stats else None
+        return Shard(info.uri, count, info.size_bytes, info.etag or _sampled_digest(info, storage), info.etag)
 
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        counts = pool.map(successes, tars)
-        found = [
-            Shard(info.uri, count, info.size_bytes, info.etag, info.etag)
-            for info, count in zip(tars, counts, strict=True)
-        ]
+        found = list(pool.map(shard_of, tars))
     if not found:
         raise DataError(f"There are no shards (*.tar) in {uri}. Check the address, or run the prepare stage first.")
     return ShardIndex(tuple(found))
+
+
+def _sampled_digest(info: ObjectInfo, storage: Storage) -> str:
+    """Return a digest of the size of a local tar and of some of its bytes: what stands for it where nobody made an
+    index. All of them may be more than a machine can read before each run."""
+    total = hashlib.sha256(str(info.size_bytes).encode())
+    for number in range(_SAMPLED_PLACES):
+        start = info.size_bytes * number // _SAMPLED_PLACES
+        if start < info.size_bytes:
+            total.update(storage.read_range(info.uri, start, start + _SAMPLED_BYTES).data)
+    return total.hexdigest()
 
 
 def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
@@ -170,7 +185,7 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = sample.get("__key__")
-            if not isinstance(key, str) or not key or "." in key.rpartition("/")[2]:
+            if not isinstance(key, str) or not _is_file_name(key):
                 raise DataError(
                     f"The sample key {key!r} cannot be a file name: it must be a text without '.', which may have "
                     "folders before it ('a/b')."
@@ -183,9 +198,14 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
                 header.size, header.mode = len(data), 0o444
                 try:
                     tar.addfile(header, io.BytesIO(data))
-                except ValueError as error:  # of more than 100 bytes, or 255 with the folders
-                    raise DataError(f"The sample key {key!r} is too long for a tar: {error}.") from error
+                except ValueError as error:  # of more than 100 bytes, or 255 with the folders; or no text at all
+                    raise DataError(f"The sample key {key!r} cannot be a file name in a tar: {error}.") from error
     return buffer.getvalue()
+
+
+def _is_file_name(key: str) -> bool:
+    *folders, name = key.split("/")
+    return bool(name) and "." not in name and "\0" not in key and not {"", ".", ".."} & set(folders)
 
 
 def _members(key: str, sample: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.mixed_stream import MixedOrder, StreamState
 from fewstep.data.mixture import MixedShards
 from fewstep.data.order import check_streams, own_streams
@@ -24,7 +25,7 @@ from fewstep.data.part import Part, PartBatch, PartReader, join_batches
 from fewstep.data.processes import Batches, InProcesses, OnAThread
 from fewstep.data.sample import Decode
 from fewstep.data.shards import Shard, ShardIndex
-from fewstep.data.source import SampleCounts, known_samples
+from fewstep.data.source import known_samples
 from fewstep.errors import CheckpointError, DataError
 from fewstep.storage import Storage
 
@@ -161,6 +162,7 @@ class ShardStream:
                         settings.max_bad_share,
                         dataset_samples=count and count * len(streams) // settings.num_streams,
                         dataset_bytes=size_bytes * len(streams) // settings.num_streams,
+                        is_part=len(streams) < settings.num_streams,
                         source=name,
                     )
                     for name, count, size_bytes in zip(mixed.names, known, sizes, strict=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -25,6 +28,7 @@ from fewstep.stages.encode_shards import Encoders, Encoding, encode_shards
 from fewstep.stages.fingerprints import data_digest, folder_digest, latents_fingerprint
 from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join
+from fewstep.tracking.names import figure_name
 from fewstep.train.settings import ClusterSettings
 
 
@@ -84,6 +88,9 @@ def encode(context: StageContext) -> dict[str, Any]:
                     encoders=encoders if split == "train" else None,
                 )
             )
+        bad_shards = {uri: count for each in found for uri, count in each.pop("bad_shards", {}).items()}
+        if bad_shards:
+            _log_bad_shards(split, bad_shards, context)
         facts[split] = found[0] if isinstance(shards, str) else _mixed(shards, found)
         if split == "train":
             digests = [each["source_digest"] for each in found]
@@ -162,7 +169,18 @@ def _figures(split: str, facts: Mapping[str, Any]) -> dict[str, float]:
         f"{split}_skipped": sum(facts["skipped"].values()),
         f"{split}_filtered": sum(facts["filtered"].values()),
     }
+    for what in ("skipped", "filtered"):
+        figures |= {figure_name(f"{split}_{what}", reason): count for reason, count in facts[what].items()}
     return figures | {f"{split}_samples/{each['name']}": each["num_samples"] for each in facts.get("sources", ())}
+
+
+def _log_bad_shards(split: str, bad_shards: Mapping[str, int], context: StageContext) -> None:
+    """Leave the shards that lost samples in MLflow, the worst first: facts would grow with their number."""
+    worst = sorted(bad_shards.items(), key=lambda each: (-each[1], each[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{split}_bad_shards.json"
+        path.write_text(json.dumps([{"shard": uri, "samples": count} for uri, count in worst], indent=1))
+        context.run.log_artifact(path)
 
 
 def check_takes_sizes(parts: Parts, name: str) -> None:

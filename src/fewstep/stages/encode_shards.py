@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from fewstep.data.ahead import made_ahead
 from fewstep.data.buckets import BucketSettings, bucket_sizes
+from fewstep.data.counts import SampleCounts
 from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, random_mask
 from fewstep.data.pictures import Crop
 from fewstep.data.samples import NO_RULES, SampleRules
 from fewstep.data.shards import Shard, read_index, tar_of, write_index
-from fewstep.data.source import SampleCounts, iterate_shard
+from fewstep.data.source import iterate_shard
 from fewstep.models import Parts
 from fewstep.stages.batches import picture_decoder
 from fewstep.stages.progress import Progress
@@ -29,6 +31,8 @@ Precision = Literal["float32", "bfloat16"]
 
 #: Batches of decoded pictures made while the networks work.
 _AHEAD = 2
+
+_RECORDS_AT_ONCE = 32
 
 #: The number of a sample within its shard; no member of it.
 _PLACE = "__place__"
@@ -100,7 +104,8 @@ def encode_shards(
     label: str,
     encoders: Encoders | None = None,
 ) -> dict[str, Any]:
-    """Write the latent shards of picture shards; return their address, digest and size, and what was skipped.
+    """Write the latent shards of picture shards; return their address, digest and size, what was skipped by reason, and
+    how many by shard (bad_shards).
 
     One latent shard for every picture shard. Each leaves a record when it is written, so that a run that was killed
     goes on with those that have none; the index comes last.
@@ -121,12 +126,14 @@ def encode_shards(
     counts = SampleCounts(max_bad_share, index.num_samples, sum(shard.size_bytes for shard in index.shards))
     tasks = [EncodeTask(number, shard, target) for number, shard in enumerate(index.shards)]
     there = {info.uri for info in storage.list(join(target, "records"))}
-    records: dict[int, dict[str, Any]] = {}
-    for task in tasks:
-        if task.record_uri in there and (record := _read_record(task, storage)) is not None:
-            records[task.number] = record
-    for record in records.values():
-        counts.add(record["seen"], record["skipped"], record.get("filtered", {}))
+    recorded = [task for task in tasks if task.record_uri in there]
+    with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
+        read = pool.map(lambda task: _read_record(task, storage), recorded)
+        records = {task.number: record for task, record in zip(recorded, read, strict=True) if record is not None}
+    for number, record in records.items():
+        uri = index.shards[number].uri
+        counts.add(record["seen"], record["skipped"], record.get("filtered", {}), shard=uri,
+                   lost_bytes=record.get("lost_bytes", 0))  # fmt: skip
     missing = [task for task in tasks if task.number not in records]
     done = sum(record["seen"] for record in records.values())
     with Progress(label, index.num_samples, "images", done=done) as progress:
@@ -140,7 +147,8 @@ def encode_shards(
             for number, record in encode_in_cluster(missing, encoding, encoders, storage):
                 records[number] = record
                 uri = index.shards[number].uri
-                counts.add(record["seen"], record["skipped"], record["filtered"], shard=uri)
+                counts.add(record["seen"], record["skipped"], record["filtered"], shard=uri,
+                           lost_bytes=record["lost_bytes"])  # fmt: skip
                 progress.advance(record["seen"])
     counts.finish()
     written = [
@@ -161,6 +169,7 @@ def encode_shards(
         "num_shards": len(written),
         "skipped": dict(counts.skipped),
         "filtered": dict(counts.filtered),
+        "bad_shards": dict(counts.shards),
     }
 
 
@@ -219,6 +228,7 @@ class ShardEncoder:
             "seen": counts.seen - before.seen,
             "skipped": _more(counts.skipped, before.skipped),
             "filtered": _more(counts.filtered, before.filtered),
+            "lost_bytes": counts.bytes_lost_of(task.shard.uri),
             "source": _source(task.shard),
         }
         self._advance(record["seen"] - encoded)

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from botocore.response import StreamingBody
 
 from fewstep.errors import StorageError
-from fewstep.storage.faults import Backoff, Place, RetryLimits, error_code, final_error, is_passing
+from fewstep.storage.faults import Backoff, ObjectChangedError, Place, RetryLimits, error_code, final_error, is_passing
 from fewstep.storage.pace import at_pace
 
 _CHUNK_BYTES = 1 << 20
@@ -76,8 +76,11 @@ def read_range(
                     if answer is None:  # the object ends before the range begins
                         return ObjectRange(empty_buffer(0), 0, etag or "")
                     body = answer["Body"]
-                    size_bytes = _whole_size(answer, start + reached, what=what, place=place)
-                    etag = answer["ETag"]
+                    found_bytes = _whole_size(answer, start + reached, what=what, place=place)
+                    if reached and (found_bytes != size_bytes or _plain(answer["ETag"]) != _plain(etag)):
+                        # IfMatch asks for it, but not every server looks at that.
+                        raise ObjectChangedError(f"{what}: it was written again while it was read. Try again")
+                    size_bytes, etag = found_bytes, answer["ETag"]
                     if not reached:
                         data = empty_buffer(max(0, min(end, size_bytes) - start))
                 wanted = min(_CHUNK_BYTES, len(data) - reached)
@@ -101,7 +104,7 @@ def read_range(
                 raise said from error
     finally:
         _close(body)
-    return ObjectRange(data, size_bytes, (etag or "").strip('"'))
+    return ObjectRange(data[:reached], size_bytes, _plain(etag))
 
 
 def _ask(
@@ -116,6 +119,10 @@ def _ask(
         if error_code(error) in ("InvalidRange", "416"):
             return None
         raise
+
+
+def _plain(etag: str | None) -> str:
+    return (etag or "").strip('"')
 
 
 def _whole_size(answer: dict[str, Any], position: int, *, what: str, place: Place) -> int:
@@ -138,7 +145,10 @@ def _read_into(body: Any, buffer: memoryview) -> int:
     """
     below = _below(body)
     if below is not None:
-        return below.readinto(buffer)
+        try:
+            return below.readinto(buffer)
+        except (http.client.HTTPException, OSError) as error:  # which urllib3 would have said in words of its own
+            raise ConnectionError(f"the connection broke ({error!r})") from error
     chunk = body.read(len(buffer))
     buffer[: len(chunk)] = chunk
     return len(chunk)

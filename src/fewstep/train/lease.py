@@ -102,8 +102,10 @@ def _beat(uri: str, mine: dict[str, Any], storage: Storage, ended: threading.Eve
             held = _held(uri, storage)
             if held is not None and held["owner"] != mine["owner"]:
                 logger.warning(
-                    "lease %s: process %s on %s took it over, as this one gave no sign of life for %.0f s",
-                    *(uri, held["pid"], held["host"], _STALE_S),
+                    "lease %s: process %s on %s took it over; both may train the same now",
+                    uri,
+                    held["pid"],
+                    held["host"],
                 )
                 return
             storage.write_bytes(uri, _content(mine, count))

@@ -121,7 +121,7 @@ def test_rows_without_an_address_of_the_web_need_no_img2dataset_to_fail(fake: Fa
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"threads": 8, "stall_timeout_s": 600}, "writes nothing for 1820 s"),
+        ({"threads": 8, "stall_timeout_s": 600}, "writes nothing for 2080 s"),
         ({"resize_mode": "stretch"}, "resize_mode"),
         ({"user_agent_token": "two words"}, "user_agent_token"),
         ({"encode_quality": 0}, "encode_quality"),

@@ -61,9 +61,20 @@ class DownloadSettings(BaseModel):
     )
     processes: int = Field(1, ge=1, description="Processes, each of which downloads, decodes and reduces.")
     threads: int = Field(64, ge=1, description="Connections of each process.")
-    timeout_s: float = Field(10.0, gt=0, description="Seconds to connect, and the longest pause within an answer.")
+    max_per_s: float | None = Field(
+        None,
+        gt=0,
+        description="Requests that begin in a second, of one part; at_once of prepare_metadata times as many in all. "
+        "null: as fast as answers come.",
+    )
+    timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds to connect, the longest pause within an answer, and the longest that is waited where a "
+        "server is busy (429, 503, Retry-After).",
+    )
     answer_timeout_s: float = Field(60.0, gt=0, description="Seconds for an answer as a whole.")
-    retries: int = Field(1, ge=0, description="Further tries after a failed one, whatever the failure, at once.")
+    retries: int = Field(1, ge=0, description="Further tries after a failed one, whatever the failure.")
     private_addresses: bool = Field(
         False,
         description="Let it connect to addresses that are not public, such as those of the own network: a table from "
@@ -84,8 +95,10 @@ class DownloadSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        slowest = (self.timeout_s + self.answer_timeout_s) * (self.retries + 1)
+        slowest = (2 * self.timeout_s + self.answer_timeout_s) * (self.retries + 1)
         quiet = math.ceil(_FLUSHED_ROWS / self.threads) * slowest
+        if self.max_per_s is not None:
+            quiet += _FLUSHED_ROWS * (self.retries + 1) * self.processes / self.max_per_s
         if self.stall_timeout_s < quiet:
             raise ValueError(
                 f"stall_timeout_s={self.stall_timeout_s:g} is too short: where no server answers, img2dataset with "
@@ -126,7 +139,8 @@ def download(rows: pa.Table, folder: Path, *, settings: DownloadSettings) -> Dow
         program, _options(settings, rows_per_tar), folder=folder, output=output,
         answer_timeout_s=settings.answer_timeout_s, max_bytes=settings.max_bytes,
         max_image_area=settings.max_image_area, private_addresses=settings.private_addresses,
-        stall_timeout_s=settings.stall_timeout_s,
+        requests_per_s=None if settings.max_per_s is None else settings.max_per_s / settings.processes,
+        longest_pause_s=settings.timeout_s, stall_timeout_s=settings.stall_timeout_s,
     )  # fmt: skip
     seconds = time.monotonic() - begin
     numbers = range(math.ceil(len(asked) / rows_per_tar))

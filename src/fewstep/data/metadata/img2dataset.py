@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def run_img2dataset(
     max_bytes: int,
     max_image_area: int,
     private_addresses: bool,
+    requests_per_s: float | None,
+    longest_pause_s: float,
     stall_timeout_s: float,
 ) -> None:
     """Run img2dataset to its end, in `folder`; none of its processes is left, whatever happens.
@@ -77,15 +79,20 @@ def run_img2dataset(
         max_bytes: the same in bytes.
         max_image_area: pixels of a picture above which it is not decoded.
         private_addresses: whether it may connect to addresses that are not public.
+        requests_per_s: of each of its processes; None: no limit.
+        longest_pause_s: bound of what is waited where a server is busy.
         stall_timeout_s: seconds without progress after which it is killed.
 
     Raises:
         DataError: it cannot be started, ended with an error, or stalled.
     """
     hooks, log_path = folder / "hooks", folder / "img2dataset.log"
-    in_effect = _write_hooks(
-        hooks, answer_timeout_s=answer_timeout_s, max_bytes=max_bytes, private_addresses=private_addresses
+    calls = (
+        f"bound_answers(seconds={answer_timeout_s!r}, max_bytes={max_bytes!r})",
+        f"ask_in_turn(per_s={requests_per_s!r}, longest_pause_s={longest_pause_s!r})",
+        *(() if private_addresses else ("refuse_private()",)),
     )
+    in_effect = _write_hooks(hooks, calls)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {
         "HOME": str(folder),
         "LANG": "C.UTF-8",
@@ -141,17 +148,11 @@ def last_words(folder: Path) -> str:
 _ANEW = "make its environment anew (delete .venv-img2dataset, then make img2dataset), or name another executable"
 
 
-def _write_hooks(folder: Path, *, answer_timeout_s: float, max_bytes: int, private_addresses: bool) -> Path:
+def _write_hooks(folder: Path, calls: Sequence[str]) -> Path:
     """Write the sitecustomize of its interpreters; return the path of a file that is there once that has run."""
     folder.mkdir()
     in_effect = folder / "in-effect"
-    calls = (
-        f"bound_answers(seconds={answer_timeout_s!r}, max_bytes={max_bytes!r})",
-        *(() if private_addresses else ("refuse_private()",)),
-        "decode_as_seen()",
-        f"end_with({os.getpid()})",
-        f"open({str(in_effect)!r}, 'w').close()",
-    )
+    calls = (*calls, "decode_as_seen()", f"end_with({os.getpid()})", f"open({str(in_effect)!r}, 'w').close()")
     source = Path(inside_img2dataset.__file__).read_text(encoding="utf-8")
     (folder / "sitecustomize.py").write_text("\n".join((source, *calls, "")), encoding="utf-8")
     return in_effect

@@ -1,6 +1,6 @@
 """What fewstep adds to the processes of img2dataset: a copy of this file is the sitecustomize of their interpreter.
 
-Four things that img2dataset has no options for, each of which would spoil a large run:
+Five things that img2dataset has no options for, each of which would spoil a large run:
 
 - Its timeout is one of each read. A server that sends a byte now and then, or a picture without end (a camera on the
   web), holds a thread for ever, and with it all that was downloaded. Answers are bounded in seconds and bytes.
@@ -8,6 +8,8 @@ Four things that img2dataset has no options for, each of which would spoil a lar
   its darkest parts becomes white. Pictures are turned and scaled.
 - It connects to whatever a table or a redirection names, services within the network and the machine's own included.
   Addresses that are not public are refused.
+- It asks as fast as it can, and again at once where a server says that it is asked too much. Requests are spread over
+  time, and what a server asks for (429, 503, Retry-After) is waited for.
 - Its processes go on when the one that started them is killed. They end with it.
 
 This runs in another environment than fewstep, so it uses the standard library alone, and OpenCV where that is there.
@@ -21,6 +23,8 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -69,6 +73,31 @@ def _addresses_of(url: str) -> list[Any]:
     except (OSError, ValueError):  # a proxy that is not there is told by the first connection
         return []
     return [entry[4] for entry in found]
+
+
+def ask_in_turn(*, per_s: float | None, longest_pause_s: float) -> None:
+    """Let requests begin no faster than so many a second, and a thread pause when a server answers 429 or 503.
+
+    It pauses as long as the server says, otherwise a second, but no longer than `longest_pause_s`.
+    """
+    urlopen, lock, turn = urllib.request.urlopen, threading.Lock(), [0.0]
+
+    def asked_in_turn(*arguments: Any, **options: Any) -> Any:
+        if per_s is not None:
+            with lock:
+                now = time.monotonic()
+                mine = max(now, turn[0])
+                turn[0] = mine + 1 / per_s
+            time.sleep(mine - now)
+        try:
+            return urlopen(*arguments, **options)
+        except urllib.error.HTTPError as error:
+            if error.code in (429, 503):
+                said = str(error.headers.get("Retry-After", "")).strip()  # or a date, which few send
+                time.sleep(min(float(said) if said.isdigit() else 1.0, longest_pause_s))
+            raise
+
+    urllib.request.urlopen = asked_in_turn
 
 
 def decode_as_seen() -> None:

@@ -13,7 +13,8 @@ from fewstep.errors import DataError
 
 #: Settings that say how pictures are fetched and not which: with others, what was downloaded stays what it is.
 ONLY_DOWNLOADING = {
-    "at_once", "command", "processes", "threads", "timeout_s", "answer_timeout_s", "retries", "stall_timeout_s"
+    "at_once", "command", "processes", "threads", "max_per_s", "timeout_s", "answer_timeout_s", "retries",
+    "stall_timeout_s",
 }  # fmt: skip
 
 #: What the selection adds to each row.

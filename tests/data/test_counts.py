@@ -1,0 +1,69 @@
+"""When so much is skipped that a run must stop."""
+
+from __future__ import annotations
+
+import pytest
+
+from fewstep.data.counts import SampleCounts
+from fewstep.data.pieces import CUT_SHORT, MISSING
+from fewstep.errors import DataError
+
+
+def lose(counts: SampleCounts, shard: str, samples: int, **more: int) -> None:
+    counts.seen += samples
+    counts.lose(shard, MISSING, "gone", samples=samples, **more)
+
+
+def test_losses_are_held_against_the_whole_data_however_early_they_come() -> None:
+    counts = SampleCounts(0.05, dataset_samples=10_000)
+    lose(counts, "a", 500)
+    with pytest.raises(DataError, match=r"501 of the 10000 of the data are lost, where max_bad_share allows 0\.05"):
+        lose(counts, "b", 1)
+
+
+def test_by_bytes_where_nobody_has_counted() -> None:
+    counts = SampleCounts(0.05, dataset_bytes=1_000_000)
+    lose(counts, "a", 1, size_bytes=50_000)
+    with pytest.raises(DataError, match="those of 60,000 of the 1,000,000 bytes of the data are lost"):
+        lose(counts, "b", 1, size_bytes=10_000)
+
+
+def test_what_has_no_bytes_is_held_against_those_seen() -> None:
+    counts = SampleCounts(0.05, dataset_bytes=1_000_000, seen=95)
+    for number in range(4):
+        lose(counts, f"empty-{number}", 1)
+    counts.seen += 1
+    lose(counts, "empty-4", 1)
+    with pytest.raises(DataError, match="6 of the 102 seen so far are lost"):
+        lose(counts, "empty-5", 1)
+
+
+def test_each_epoch_is_judged_anew() -> None:
+    """Shards are dealt anew in each, so that over many a worker meets all that is lost."""
+    counts = SampleCounts(0.05, dataset_samples=1000, is_part=True)
+    for epoch in range(10):
+        for number in range(2):
+            lose(counts, f"{epoch}-{number}", 20, epoch=epoch)
+    assert counts.skipped == {MISSING: 400}
+    lose(counts, "late", 100, epoch=3)  # of a stream that is behind
+    with pytest.raises(DataError, match="60 of the 1000 of this worker's share are lost"):
+        lose(counts, "9-2", 20, epoch=9)
+
+
+def test_one_shard_is_allowed_where_shards_were_dealt_to_many() -> None:
+    counts = SampleCounts(0.05, dataset_samples=300, is_part=True)
+    for start in range(0, 100, 10):
+        lose(counts, "a", 10, start=start)
+    with pytest.raises(DataError, match="110 of the 300 of this worker's share are lost"):
+        lose(counts, "b", 10)
+
+
+@pytest.mark.parametrize("known", [{"dataset_samples": 100_000}, {"dataset_bytes": 100_000_000}])
+def test_what_was_counted_elsewhere_is_judged_alike(known: dict[str, int]) -> None:
+    here, there = SampleCounts(0.05, **known), SampleCounts(0.05, **known)
+    here.seen = 700
+    lose(here, "a", 300, size_bytes=300_000)
+    there.add(1000, {MISSING: 300}, {}, shard="a", lost_bytes=here.bytes_lost_of("a"))
+    assert (there.seen, there.skipped, there.shards) == (here.seen, here.skipped, here.shards)
+    with pytest.raises(DataError, match=r"× shard cut short.*; in b, a\. Mend"):
+        there.add(6000, {CUT_SHORT: 6000}, {}, shard="b", lost_bytes=6_000_000)

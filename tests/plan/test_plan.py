@@ -64,6 +64,16 @@ def test_rows_at_once_are_those_of_one_shape() -> None:
     assert plain.settings.micro_batch_size is None
     assert grouped.settings.micro_batch_size == batch // 8
     assert memory(grouped) == memory(plain, micro_batch_size=batch // 8) != memory(plain)
+    train = {**TRAIN, "global_batch_size": 96}
+    of_twelve = recipe_of(
+        stream={"num_streams": 8}, encode={"buckets": {}}, guidance={"embedding_dim": 256, "train": train}
+    )
+    training = trainings(of_twelve)["stage one"]
+    enough = memory(training, micro_batch_size=8).total
+    ways = what_would_fit(training, SHAPE, num_workers=1, memory_bytes=enough)
+    sizes = [way.changes["micro_batch_size"] for way in ways if "micro_batch_size" in way.changes]
+    assert sizes[0] == 6  # 8 would fit, but does not divide 12
+    assert all(12 % size == 0 for size in sizes)
     said = recipe_of(encode={"buckets": {}}, guidance={"train": {**TRAIN, "micro_batch_size": 1}})
     assert trainings(said)["stage one"].settings.micro_batch_size == 1
 

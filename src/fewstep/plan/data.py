@@ -283,7 +283,8 @@ def render_data(plan: DataPlan) -> str:
         f"{bytes_in_words(plan.node_memory_bytes)} a machine of {min(plan.workers, _GPUS_OF_A_NODE)} GPUs; the list of "
         f"shards is {bytes_in_words(plan.list_bytes)} of it in each process",
         f"before the first batch each worker reads the list: {bytes_in_words(plan.index_bytes)} in one request, or "
-        f"{-(-plan.shards // 1000):,} requests of listing where shards have no index.json",
+        f"{-(-plan.shards // 1000):,} requests of listing, and {plan.shards:,} small ones where img2dataset left a "
+        "_stats.json beside each shard, where they have no index.json",
     ]
     if plan.num_streams != plan.recipe_streams:
         lines.append(

@@ -78,7 +78,7 @@ def _largest_micro_batch(
     usual = training.settings
     rows = rows_per_worker(usual, num_workers)
     for size in range(usual.micro_batch_size or rows, 0, -1):
-        if rows % size:
+        if rows % size or (training.group_rows is not None and training.group_rows % size):
             continue
         own = changes if size == (usual.micro_batch_size or rows) else {**changes, "micro_batch_size": size}
         if not own:

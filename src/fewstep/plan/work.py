@@ -35,6 +35,7 @@ class Training:
         adapters: the adapters that alone are trained; None: the whole network is.
         text: the frozen text encoders that make the embeddings of each sample; None: the shards hold them.
         reads: "latents", "pictures", "latents_without_text", or "latents_alone" (without any condition).
+        group_rows: rows of one shape, which a micro-batch must divide; None: all are of one.
     """
 
     stage: StageName
@@ -49,6 +50,7 @@ class Training:
     adapters: LoraSettings | None = None
     text: Network | None = None
     reads: str = "latents"
+    group_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,12 @@ def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
 
 
 def _in_groups(work: Work, num_streams: int) -> Work:
-    if not isinstance(work, Training) or work.stage == "teacher" or work.settings.micro_batch_size is not None:
+    if not isinstance(work, Training) or work.stage == "teacher":
         return work
     settings = work.settings
     group = max(1, settings.global_batch_size // num_streams)
-    return replace(work, settings=settings.model_copy(update={"micro_batch_size": group}))
+    size = settings.micro_batch_size or group
+    return replace(work, settings=settings.model_copy(update={"micro_batch_size": size}), group_rows=group)
 
 
 def _reads(shape: Shape) -> str:

@@ -131,6 +131,14 @@ def test_updates_of_single_rungs() -> None:
             {"data": {"filters": [{"feild": "width", "min": 1}]}},
             ["data.filters.0.feild: unknown key; the keys here are field, min"],
         ),
+        (
+            {
+                "prepare": None,
+                "prepare_metadata": {"source": "s3://b/laion"},
+                "data": {"train": "s3://b/x", "evaluate": "s3://b/y", "alignment": "s3://b/z"},
+            },
+            ["prepare_metadata has nothing to draw", "take those that it shall draw out of data"],
+        ),
         ({"data": {"train": []}}, ["data.train: the list of sources is empty: name at least one, or a URI"]),
         ({"data": {"train": 3}}, ["data.train=3: 3 is neither the URI of shards nor a list of sources"]),
         ({"data": {"train": {"uri": "s3://b/x"}}}, ["data.train: {'uri': 's3://b/x'} is neither the URI"]),

@@ -180,6 +180,13 @@ class Recipe(StageSettings):
             self._check_buckets()
         if classes and self.encode.crop == "random":
             raise ValueError(f"encode.crop=random has no effect on pictures with a class ({classes[0]}): leave it out")
+        if self.prepare_metadata is not None and None not in (
+            self.data.train, self.data.evaluate, self.data.alignment
+        ):  # fmt: skip
+            raise ValueError(
+                "prepare_metadata has nothing to draw, as data names shards for train, evaluate and alignment: take "
+                "those that it shall draw out of data, or leave prepare_metadata out"
+            )
         if (
             self.prepare_metadata is not None
             and {"prepare", "encode"} <= set(self.stages)

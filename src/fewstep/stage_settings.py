@@ -52,6 +52,12 @@ class DataSettings(StageSettings):
     )
     evaluate: str | None = Field(None, description="URI of held-out shards, for evaluation alone")
     alignment: str | None = Field(None, description="URI of further shards, to fit the scorer of text alignment with")
+    version: str | None = Field(
+        None,
+        min_length=1,
+        description="a word of your own for the content of the shards and of prepare_metadata.source: with another one "
+        "all that depends on them is made anew",
+    )
     filters: tuple[FieldFilter, ...] = Field(
         (), description="conditions on the .json of each sample, in every split; what fails one is left out and counted"
     )

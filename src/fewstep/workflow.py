@@ -13,6 +13,7 @@ from fewstep.stages.all_stages import STAGES
 from fewstep.stages.context import DATA_DIGEST_TAG, DONE, Artifact, StageContext, data_tags, find_artifact, stage_uri
 from fewstep.stages.fingerprints import fingerprint
 from fewstep.stages.memory import Usage
+from fewstep.stages.same_data import check_same_data
 from fewstep.storage import Storage, join
 from fewstep.train.cluster import local_ray
 from fewstep.train.device import free_device_memory
@@ -61,6 +62,7 @@ def run_stage(
     # Registering is quick and finds what it did before; the registry may have moved on, which the store cannot tell.
     found = find_artifact(recipe, storage, name) if name != "register" else None
     if found is not None:
+        check_same_data(name, recipe, found.facts, storage=storage)
         logger.info("%s: done already (%.0f s when it ran), skipped", name, found.seconds)
         _show(name, recipe, storage, out)
         return found

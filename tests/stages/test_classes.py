@@ -13,8 +13,9 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
+from fewstep.data.counts import SampleCounts
 from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.diffusion import RowRandom, ddim_encode
 from fewstep.diffusion.prediction import from_sample
 from fewstep.errors import DataError, RecipeError

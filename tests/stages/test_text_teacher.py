@@ -15,8 +15,9 @@ from fewstep.errors import ModelError, RecipeError
 from fewstep.models import COSINE_CONFIG, ClassArchitecture, ClassParts, InpaintingParts, SDXLParts, load_model
 from fewstep.recipe import parse_recipe
 from fewstep.stage_settings import TeacherStage
-from fewstep.stages import teacher, training
+from fewstep.stages import training
 from fewstep.stages.context import StageContext
+from fewstep.stages.teacher import teacher
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings

@@ -264,16 +264,20 @@ def split_fingerprint(recipe: Recipe, split: Split) -> str:
     named = getattr(recipe.data, split)
     if isinstance(named, tuple):
         # Their weights are part of the trainings' order: the latents do not depend on them.
-        return digest({"sources": [[source.name, source.uri] for source in named]})
+        return digest({"sources": [[source.name, source.uri] for source in named], **_version(recipe)})
     prepared = recipe.prepare or recipe.prepare_classes or recipe.prepare_metadata
     if named is not None or prepared is None or "prepare" not in recipe.stages:
-        return digest({"uri": named})
+        return digest({"uri": named, **_version(recipe)})
     others = {f"num_{other}" for other in SPLITS if other != split}
     if recipe.prepare_metadata is not None and recipe.prepare_metadata.num_train is None:
         others = set()  # training takes what the others leave
     if recipe.prepare_metadata is not None and split == "alignment":
         others.discard("num_evaluate")  # it lies before those
     return digest({"settings": _without(_source(recipe, split), others), "format": _FORMAT})
+
+
+def _version(recipe: Recipe) -> dict[str, str]:
+    return {} if recipe.data.version is None else {"version": recipe.data.version}
 
 
 def _rules(recipe: Recipe) -> dict[str, Any]:
@@ -283,7 +287,7 @@ def _rules(recipe: Recipe) -> dict[str, Any]:
 def _source(recipe: Recipe, *splits: Split) -> dict[str, Any]:
     """Return what samples are drawn from: the settings, and files by their content, wherever they lie."""
     if recipe.prepare_metadata is not None:
-        return _without(_dump(recipe.prepare_metadata), ONLY_DOWNLOADING)
+        return _without(_dump(recipe.prepare_metadata), ONLY_DOWNLOADING) | _version(recipe)
     settings: dict[str, Any] = _dump(recipe.prepare or recipe.prepare_classes)
     if recipe.prepare_classes is None:
         return settings

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +41,8 @@ from fewstep.stages.metadata_tasks import DownloadedPart, download_part, load, n
 from fewstep.stages.on_ray import run_tasks
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join
+from fewstep.tracking.names import figure_name
+from fewstep.tracking.tracker import Run
 from fewstep.train.settings import ClusterSettings
 
 logger = logging.getLogger(__name__)
@@ -94,17 +95,18 @@ def prepare_metadata(context: StageContext, settings: MetadataSettings) -> dict[
         parts = [part for part in selection.parts if part.split == split]
         uri = shards_uri(context.recipe, storage, split)
         done = download_split(
-            parts, uri, settings=settings, storage=storage, cluster=cluster, label=f"download {split}"
-        )
+            parts, uri, settings=settings, storage=storage, cluster=cluster, label=f"download {split}",
+            log=partial(_log_download, split, context.run),
+        )  # fmt: skip
         facts[split] = done.facts
         report["splits"][split] = {"attempted": done.attempted, "failures": done.failures}
     for line in report_lines(report):
         logger.info("%s", line)
     figures: dict[str, float] = {"rows": counts.rows, "rows_not_read": counts.not_read, "rows_left": counts.left}
-    figures |= {f"removed/{_in_metrics(reason)}": count for reason, count in counts.removed.items()}
+    figures |= {figure_name("removed", reason): count for reason, count in counts.removed.items()}
     for split, each in report["splits"].items():
         figures |= {f"{split}_attempted": each["attempted"], f"{split}_samples": facts[split]["num_samples"]}
-        figures |= {f"{split}_failed/{_in_metrics(reason)}": count for reason, count in each["failures"].items()}
+        figures |= {figure_name(f"{split}_failed", reason): count for reason, count in each["failures"].items()}
     context.run.log_metrics(figures)
     context.run.set_tags({f"fewstep.{split}_digest": facts[split]["digest"] for split in splits})
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +179,10 @@ def select_rows(
 
     sizes = {"num_train": settings.num_train, "num_evaluate": settings.num_evaluate,
              "num_alignment": settings.num_alignment}  # fmt: skip
-    takes = takes_of(left, splits=splits, **sizes)  # type: ignore[arg-type]
+    try:
+        takes = takes_of(left, splits=splits, **sizes)  # type: ignore[arg-type]
+    except DataError as error:
+        raise DataError(f"{error}. Of {counts.rows} rows in {settings.source}: {_what_went(counts)}") from error
     drawn = join(folder, "drawn", digest([sizes, settings.rows_per_shard, splits])[:16])
     parts = run(
         list[Part], "draw rows", drawn,
@@ -198,8 +203,11 @@ def download_split(
     storage: Storage,
     cluster: ClusterSettings,
     label: str,
+    log: Callable[[Collection[DownloadedPart]], None] = lambda parts: None,
 ) -> DownloadedSplit:
     """Download the pictures of the parts of a split into shards below `target`, and write their index.
+
+    `log` is told of all parts that are done, each time that one is.
 
     Raises:
         DataError: img2dataset is not installed or dies, or no picture could be had.
@@ -220,6 +228,7 @@ def download_split(
         ):  # fmt: skip
             found[missing[number]] = result
             progress.advance(result.attempted)
+            log(found.values())
     failures: dict[str, int] = {}
     for each in found.values():
         for reason, count in each.failures.items():
@@ -292,17 +301,31 @@ def _load_all(type_: type[T], uris: Sequence[str], storage: Storage) -> list[T]:
         return list(pool.map(lambda uri: load(type_, uri, storage), uris))
 
 
-def _in_metrics(reason: str) -> str:
-    """Return a reason with what MLflow does not allow in the name of a metric replaced."""
-    return re.sub(r"[^A-Za-z0-9_.: -]", "_", reason)[:200]
+def _log_download(split: Split, run: Run, parts: Collection[DownloadedPart]) -> None:
+    """Log what came of the parts that are done: after each of the first hundred, then less often."""
+    done = len(parts)
+    if done > 100 and done % (done // 100):
+        return
+    came = sum(part.shard["num_samples"] for part in parts if part.shard is not None)
+    seconds = sum(part.seconds for part in parts)
+    figures: dict[str, float] = {
+        f"{split}_attempted": sum(part.attempted for part in parts),
+        f"{split}_samples": came,
+        f"{split}_bytes": sum(part.shard["size_bytes"] for part in parts if part.shard is not None),
+        f"{split}_task_seconds": seconds,
+        f"{split}_samples_per_task_second": came / max(seconds, 1e-9),
+    }
+    run.log_metrics(figures, step=done)
 
 
 def _nothing_left(settings: MetadataSettings, counts: Counts) -> str:
+    return (
+        f"prepare_metadata: nothing is left of the {counts.rows} rows in {settings.source}: {_what_went(counts)}. Look "
+        "at the filters and columns; a share may be meant where the column has per cent, or the other way round"
+    )
+
+
+def _what_went(counts: Counts) -> str:
     removed = "; ".join(f"{count} × {reason}" for reason, count in counts.removed.items() if count)
     seen = "; ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in counts.values.items())
-    return (
-        f"prepare_metadata: nothing is left of the {counts.rows} rows in {settings.source}: {removed or 'it is empty'}"
-        ". "
-        + (f"Values before each filter: {seen}. " if seen else "")
-        + "Look at the filters and columns; a share may be meant where the column has per cent, or the other way round"
-    )
+    return (removed or "it is empty") + (f". Values before each filter: {seen}" if seen else "")

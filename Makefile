@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev img2dataset demo test lint types contracts format teacher serve gpu-check constraints clean
+.PHONY: help install install-dev img2dataset demo test test-long lint types contracts format teacher serve gpu-check constraints clean
 
 help: ## Show what make can do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,9 +60,12 @@ demo: install ## Run the main job from end to end on this machine (at most 15 mi
 # Processes of one thread each; more of them than cores, as tests also wait for servers and for programs that begin.
 TEST_PROCESSES ?= 3
 
-test: install-dev ## Run every check and every test that needs no GPU
+test: install-dev ## Run every check, and the tests that need no GPU and take no minutes
 	@$(MAKE) --no-print-directory -j2 --output-sync lint types contracts img2dataset
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not gpu and not long"
+
+test-long: install-dev ## Run the tests that take minutes: whole proofs, and further ways to die
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 lint: install-dev ## Check style and format (ruff)
 	$(BIN)/ruff check src tests

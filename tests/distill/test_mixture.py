@@ -92,6 +92,7 @@ def _of_teacher(result: dict[str, Any], w: float) -> dict[str, float]:
     return _row(result, "teacher", w, QUICK["teacher_steps"])
 
 
+@pytest.mark.long
 def test_one_network_replaces_the_guided_pair(result: dict[str, Any]) -> None:
     """Claim 1: error on weights that no table has, and the beginning as the conditional teacher."""
     facts = result["stage_one"]
@@ -100,6 +101,7 @@ def test_one_network_replaces_the_guided_pair(result: dict[str, Any]) -> None:
     assert max(facts["by_w"].values()) < 0.07
 
 
+@pytest.mark.long
 def test_evaluations_are_halved_and_then_as_many_as_steps(result: dict[str, Any]) -> None:
     """Claims 2 and 8, counted."""
     for w in WEIGHTS:
@@ -110,6 +112,7 @@ def test_evaluations_are_halved_and_then_as_many_as_steps(result: dict[str, Any]
             assert _row(result, "naive", w, steps)["evaluations"] == 2 * steps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [16, 4, 2, 1])
 def test_w_trades_spread_for_class_as_in_the_teacher(result: dict[str, Any], steps: int) -> None:
     """Claim 3: one model for the whole range of w."""
@@ -123,6 +126,7 @@ def test_w_trades_spread_for_class_as_in_the_teacher(result: dict[str, Any], ste
         assert row["spread"] == pytest.approx(teacher["spread"], abs=0.08)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_students_of_few_steps_are_far_better_than_ddim(result: dict[str, Any], w: float) -> None:
     """Claim 6, at one and two steps; at four DDIM is near the floor that the teacher's own error sets."""
@@ -132,6 +136,7 @@ def test_students_of_few_steps_are_far_better_than_ddim(result: dict[str, Any], 
         assert student["to_teacher"] < 0.4 * plain["to_teacher"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [16, 4, 2, 1])
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_students_keep_their_teachers_distance_to_the_truth(result: dict[str, Any], w: float, steps: int) -> None:
@@ -143,6 +148,7 @@ def test_students_keep_their_teachers_distance_to_the_truth(result: dict[str, An
         assert student["to_teacher"] < 0.7 * _row(result, "ddim", w, steps)["to_teacher"]
 
 
+@pytest.mark.long
 def test_the_guided_pair_distilled_as_it_is_fails_at_few_steps(result: dict[str, Any]) -> None:
     """Claim 14."""
     for steps, times in ((2, 2.0), (1, 3.0)):
@@ -156,12 +162,14 @@ def test_the_guided_pair_distilled_as_it_is_fails_at_few_steps(result: dict[str,
     assert distances[0] > 1.8 * distances[1]
 
 
+@pytest.mark.long
 def test_longer_training_of_the_last_rung_helps(result: dict[str, Any]) -> None:
     """Claim 9: the one-step student after a fifth of the updates, and after all of them."""
     short, whole = result["last_rung"]["0.2"], result["last_rung"]["1"]
     assert whole["to_teacher"] < 0.6 * short["to_teacher"]
 
 
+@pytest.mark.long
 def test_precision_and_recall_of_few_steps(result: dict[str, Any]) -> None:
     """Claim 22: precision like DDIM's of 32 steps, recall far above DDIM's of as few; w costs recall."""
     many = _row(result, "ddim", 1.0, 32)
@@ -174,6 +182,7 @@ def test_precision_and_recall_of_few_steps(result: dict[str, Any]) -> None:
     assert _row(result, "student", 4.0, 1)["recall"] < _row(result, "student", 0.0, 1)["recall"] - 0.1
 
 
+@pytest.mark.long
 def test_the_table_has_every_method(result: dict[str, Any]) -> None:
     table = to_markdown(result)
     for method in ("teacher", "ddim", "stage_one", "student", "naive"):

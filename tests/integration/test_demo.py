@@ -1,4 +1,4 @@
-"""`make demo` in small, killed once: what is done is skipped; a picture over HTTP by the openai client, three lines."""
+"""`make demo` in small: what is done is skipped; a picture over HTTP by the openai client, three lines."""
 
 from __future__ import annotations
 
@@ -17,39 +17,42 @@ from PIL import Image
 
 from fewstep.demo import run_demo
 from fewstep.errors import RecipeError
+from fewstep.recipe import load_recipe
+from fewstep.workflow import run_stage
+from fewstep.workplace import open_workplace
 from tiny import tiny_recipe, tiny_teacher_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_demo_goes_on_where_it_was_and_ends_with_a_picture_and_three_lines(
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_demo_goes_on_where_it_was_and_ends_with_a_picture_and_three_lines(
+    killed: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """kill -9 of the whole command in the middle of stage two; the demo then does only what is left."""
+    """The demo does only what is left: after its first stages, or a kill -9 of the whole command in stage two."""
     home = str(tmp_path / "home")
     monkeypatch.setenv("FEWSTEP_HOME", home)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     content = tiny_recipe(tiny_teacher_folder(tmp_path / "teacher"), name="tiny-demo")
-    content["progressive"]["train"]["updates"] = 60
+    if killed:
+        content["progressive"]["train"]["updates"] = 60
     # Nobody could pass: the student is registered all the same, as candidate with the reason.
     content["register"]["gate"] = {"min_num_images": 40, "max_kid_ratio": 1e-6}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content))
 
-    log = tmp_path / "first.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "fewstep.cli", "run", str(recipe)]
-    with log.open("w") as output:
-        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=output, stdout=output)
-        _wait_for(log, "2 steps", first)
-        time.sleep(3)
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
+    if killed:
+        _run_and_kill(recipe, tmp_path)
+    else:
+        loaded = load_recipe(recipe)
+        with open_workplace(loaded) as workplace:
+            for name in ("prepare", "encode", "guidance"):
+                run_stage(name, loaded, workplace, out=tmp_path / "out")
 
     caplog.set_level("INFO", logger="fewstep")
     made, look, following = run_demo(recipe, tmp_path / "out")
@@ -68,6 +71,19 @@ def test_a_killed_demo_goes_on_where_it_was_and_ends_with_a_picture_and_three_li
     # Ray's own line about the end of Serve would be the last that a user sees.
     assert "graceful_shutdown" not in capfd.readouterr().err
     assert not [p for p in psutil.process_iter(["cmdline"]) if any(home in part for part in p.info["cmdline"] or [])]
+
+
+def _run_and_kill(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "first.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "fewstep.cli", "run", str(recipe)]
+    with log.open("w") as output:
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=output, stdout=output)
+        _wait_for(log, "2 steps", first)
+        time.sleep(3)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
 
 
 def _wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:

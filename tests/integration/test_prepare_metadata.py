@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fewstep.cli import main
+from fewstep.data.counts import SampleCounts
 from fewstep.data.samples import FieldFilter
 from fewstep.data.shards import read_index
-from fewstep.data.source import SampleCounts, iterate_samples
+from fewstep.data.source import iterate_samples
 from fewstep.errors import DataError, FewstepError
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.stages.fingerprints import split_fingerprint
@@ -238,6 +239,16 @@ def test_filters_that_leave_nothing_are_told_with_the_values_that_were_seen(reci
     settings = recipe.prepare_metadata.model_copy(update={"filters": rules})
     # The statistics of every row group exclude it for its scores, so nothing is read.
     words = r"nothing is left of the 240 rows .*: 240 × score below 65.*score from 5.5 to 5.5"
+    with pytest.raises(DataError, match=words):
+        select_rows(settings, splits=("train",), storage=storage, cluster=recipe.cluster)
+
+
+def test_filters_that_leave_too_little_are_told_like_those_that_leave_nothing(recipe: Recipe, storage: Storage) -> None:
+    assert recipe.prepare_metadata is not None
+    settings = recipe.prepare_metadata.model_copy(
+        update={"filters": (FieldFilter(field="score", min=5.0),), "num_train": 10_000}
+    )
+    words = r"rows are left, fewer than num_train=10000.* Of 240 rows in .*: \d+ × .*score from 5.5 to 5.5"
     with pytest.raises(DataError, match=words):
         select_rows(settings, splits=("train",), storage=storage, cluster=recipe.cluster)
 

@@ -114,6 +114,23 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     assert torch.equal(pixels, torch.full((3, 8, 8), 100, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_of_an_animated_picture_the_first_one_counts(form: str) -> None:
+    first, second = (Image.new("RGB", (16, 16), (level, level, level)) for level in (200, 20))
+    file = io.BytesIO()
+    first.save(
+        file,
+        form,
+        save_all=True,
+        append_images=[second],
+        duration=100,
+        **({"lossless": True} if form == "WEBP" else {}),
+    )
+    assert Image.open(io.BytesIO(file.getvalue())).n_frames == 2  # type: ignore[attr-defined]
+    decoded = decode_picture({"__key__": "a", form.lower(): file.getvalue(), "txt": b"a"}, resolution=16)
+    assert decoded["pixels"].unique().tolist() == [200]
+
+
 def test_cmyk_is_converted() -> None:
     pixels = decode_picture(_sample(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), kind="jpg"), resolution=8)["pixels"]
     assert int(pixels.min()) > 250

@@ -233,6 +233,17 @@ def test_a_read_goes_on_where_the_connection_broke(storage: Storage, bucket_uri:
         assert b"".join(pieces) == data
 
 
+def test_a_file_is_written_in_one_step_wherever_it_goes(storage: Storage, bucket_uri: str, tmp_path: Path) -> None:
+    data = os.urandom(20_000_000)  # more than one part of an upload
+    (tmp_path / "file").write_bytes(data)
+    for uri in (join(bucket_uri, "big"), str(tmp_path / "folder" / "copy")):
+        storage.upload_file(tmp_path / "file", uri)
+        assert storage.read_bytes(uri) == data
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["copy"]
+    with pytest.raises(StorageError, match="no such file"):
+        storage.upload_file(tmp_path / "missing", str(tmp_path / "other"))
+
+
 def test_ranges(storage: Storage, bucket_uri: str, tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "big").write_bytes(data)

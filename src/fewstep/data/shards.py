@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,8 +181,14 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
     """The samples, as `write_shards` takes them, as one tar; the same samples give the same bytes. DataError for a bad
     key or member."""
     buffer = io.BytesIO()
+    write_tar(samples, buffer)
+    return buffer.getvalue()
+
+
+def write_tar(samples: Iterable[Mapping[str, Any]], file: IO[bytes]) -> None:
+    """Writes what `tar_of` returns into a file, sample by sample."""
     keys: set[str] = set()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = sample.get("__key__")
             if not isinstance(key, str) or not _is_file_name(key):
@@ -200,7 +206,6 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
                     tar.addfile(header, io.BytesIO(data))
                 except ValueError as error:  # of more than 100 bytes, or 255 with the folders; or no text at all
                     raise DataError(f"The sample key {key!r} cannot be a file name in a tar: {error}.") from error
-    return buffer.getvalue()
 
 
 def _is_file_name(key: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,12 +22,12 @@ from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, random_mask
 from fewstep.data.pictures import Crop
 from fewstep.data.samples import NO_RULES, SampleRules
-from fewstep.data.shards import Shard, read_index, tar_of, write_index
+from fewstep.data.shards import Shard, read_index, write_index, write_tar
 from fewstep.data.source import iterate_shard
 from fewstep.models import Parts
 from fewstep.stages.batches import picture_decoder
 from fewstep.stages.progress import Progress
-from fewstep.storage import Storage, join
+from fewstep.storage import Storage, disk_errors, join
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -221,8 +223,17 @@ class ShardEncoder:
                 encoded += 1
                 yield sample
 
+        # A file, as ten thousand samples of a large model are several GB.
+        with tempfile.TemporaryDirectory(prefix="fewstep-encode-") as folder:
+            path = Path(folder, "shard.tar")
+            with disk_errors(f"write {path}", path), path.open("wb") as file:
+                write_tar(samples() if self._encoding.buckets is None else _in_order(samples()), file)
+            return self._stored(path, encoded, task, counts, before)
+
+    def _stored(
+        self, path: Path, encoded: int, task: EncodeTask, counts: SampleCounts, before: SampleCounts
+    ) -> dict[str, Any]:
         # A shard without one sample that can be used is counted like the samples; how many may be is judged over all.
-        data = tar_of(samples() if self._encoding.buckets is None else _in_order(samples()))
         record: dict[str, Any] = {
             "shard": None,
             "seen": counts.seen - before.seen,
@@ -233,13 +244,14 @@ class ShardEncoder:
         }
         self._advance(record["seen"] - encoded)
         if encoded:
-            sha256 = hashlib.sha256(data).hexdigest()
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             # Two machines may round differently. With its digest in its name a shard that a late task writes again is
             # another one, and the record, which is written once, says which of the two counts.
             name = f"{task.number:05d}-{sha256[:8]}.tar"
-            self._storage.write_bytes(join(task.target, name), data)
+            self._storage.upload_file(path, join(task.target, name))
             record["shard"] = {
-                "name": name, "num_samples": encoded, "size_bytes": len(data), "fingerprint": sha256
+                "name": name, "num_samples": encoded, "size_bytes": path.stat().st_size, "fingerprint": sha256
             }  # fmt: skip
         return self._record(task, record)
 

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 
 from fewstep.data.metadata.download import DownloadSettings, download
 from fewstep.data.metadata.selection import Part, read_part
-from fewstep.data.shards import tar_of
+from fewstep.data.shards import write_tar
 from fewstep.errors import DataError
-from fewstep.storage import Storage, join
+from fewstep.storage import Storage, disk_errors, join
 
 T = TypeVar("T")
 
@@ -63,14 +63,17 @@ def download_part(
             raise DataError(nothing_came(fetched.attempted, fetched.failures))
         shard: dict[str, Any] | None = None
         if fetched.succeeded:
-            data = tar_of(fetched.samples())
-            sha256 = hashlib.sha256(data).hexdigest()
+            path = Path(folder, "part.tar")
+            with disk_errors(f"write {path}", path), path.open("wb") as file:
+                write_tar(fetched.samples(), file)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             # What the web gives differs from try to try: with its digest in its name, a shard that a second task of the
             # same part writes is another one, and the record says which of the two counts.
             name = f"{part.name}-{sha256[:8]}.tar"
-            storage.write_bytes(join(target, name), data)
+            storage.upload_file(path, join(target, name))
             shard = {
-                "name": name, "num_samples": fetched.succeeded, "size_bytes": len(data), "sha256": sha256
+                "name": name, "num_samples": fetched.succeeded, "size_bytes": path.stat().st_size, "sha256": sha256
             }  # fmt: skip
     result = DownloadedPart(part.digest, shard, fetched.attempted, fetched.failures, fetched.seconds)
     while not storage.write_bytes(record_uri, json.dumps(asdict(result)).encode(), if_absent=True):

@@ -5,6 +5,7 @@ that talks to an object store.
 """
 
 from fewstep.storage.faults import ObjectChangedError, ObjectNotFoundError
+from fewstep.storage.local_files import disk_errors
 from fewstep.storage.settings import StorageSettings
 from fewstep.storage.store import ObjectInfo, Storage, join, open_storage
 
@@ -14,6 +15,7 @@ __all__ = [
     "ObjectNotFoundError",
     "Storage",
     "StorageSettings",
+    "disk_errors",
     "join",
     "open_storage",
 ]

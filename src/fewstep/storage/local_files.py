@@ -44,6 +44,18 @@ def read_range(path: Path, start: int, end: int) -> ObjectRange:
         return ObjectRange(data[:got], size_bytes, "")
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copies a file in one step (a reader never sees half of it)."""
+    with disk_errors(f"copy {source} to {target}", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _beside(target)
+        try:
+            shutil.copyfile(source, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write(path: Path, data: bytes, *, if_absent: bool) -> bool:
     """Writes the file in one step (a reader never sees half of it). False when `if_absent` and it was there."""
     with disk_errors(f"write {path}", path):

@@ -234,6 +234,13 @@ class Storage:
         stream = ObjectStream(get, what=f"read {uri}", limits=self.settings, place=self._place(bucket))
         return cast(BinaryIO, io.BufferedReader(stream, _BUFFER_BYTES))
 
+    def upload_file(self, path: Path, uri: str) -> None:
+        """Writes the object from a local file, in one step; large ones in parts, several at once."""
+        if _bucket_and_key(uri) is None:
+            local_files.copy(path, _path(uri))
+        else:
+            self._upload(path, uri)
+
     def upload_folder(self, local: str | Path, uri: str) -> None:
         """Makes the folder `uri` equal to the local one (hidden, temporary and cache files left out).
 

@@ -71,6 +71,7 @@ def test_too_many_broken_samples_stop_it(teacher: Path, storage: Storage, bucket
         _encode(source, join(bucket_uri, "there"), storage, teacher, encoders=encoders)
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_loaded_there_is_told(teacher: Path, storage: Storage, bucket_uri: str) -> None:
     source = join(bucket_uri, "pictures")
     _write(source, storage)

@@ -271,6 +271,7 @@ def test_a_worker_whose_disk_is_full_at_the_export_says_so(storage: Storage, buc
     assert list(storage.list(join(bucket_uri, "checkpoints", "update-00000030")))
 
 
+@pytest.mark.long
 def test_a_worker_that_always_dies_is_given_up(storage: Storage, bucket_uri: str) -> None:
     cluster = ClusterSettings(num_workers=1, cpus_per_worker=1, max_failures=0)
     with pytest.raises(FewstepError, match=r"^toy: a worker died more than cluster\.max_failures=0 times .*memory"):

@@ -111,7 +111,7 @@ def test_stage_one_interrupted_is_stage_one(
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
 
 
-@pytest.mark.parametrize("store_text", [True, False])
+@pytest.mark.parametrize("store_text", [pytest.param(True, marks=pytest.mark.long), False])
 def test_both_stages_train_an_sdxl(
     store_text: bool, workplace: Workplace, pictures: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -43,7 +43,13 @@ def run_all(recipe: Recipe, workplace: Workplace, out: Path) -> dict[str, Artifa
     return {stage: run_stage(stage, recipe, workplace, out=out) for stage in recipe.stages}
 
 
-@pytest.mark.parametrize("make", [tiny_teacher_folder, lambda folder: tiny_sdxl().save(folder) or folder])
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_teacher_folder,
+        pytest.param(lambda folder: tiny_sdxl().save(folder) or folder, marks=pytest.mark.long, id="sdxl"),
+    ],
+)
 def test_trainings_are_those_with_stored_embeddings(make: Any, workplace: Workplace, tmp_path: Path) -> None:
     teacher = make(tmp_path / "teacher")
     stored = run_all(recipe_of(teacher, store_text=True), workplace, tmp_path)

@@ -195,7 +195,8 @@ def test_a_run_that_was_stopped_does_the_rest(
     uri = facts["train"]["uri"]
     before = read_index(uri, storage=storage)
     records = [info.uri for info in storage.list(join(uri, "records"))]
-    assert len(records) == len(parts) == len(before.shards) == 2
+    # How many there are hangs on the digests of the addresses, and so on the port of the server.
+    assert len(records) == len(parts) == len(before.shards) >= 2
     storage.delete(join(uri, "records", f"{parts[1].name}.json"))
     storage.delete(join(uri, "index.json"))
     web.asked.clear()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from pydantic import ValidationError
 
 from fewstep.errors import StorageError
@@ -337,6 +338,19 @@ def test_an_object_that_changes_under_a_read_is_told_where_the_server_does_not(s
     answers += [{"ContentRange": "bytes 1000-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000)), **said}]
 
     def get(extra: dict[str, str]) -> dict[str, object]:
+        return {"ResponseMetadata": {"HTTPStatusCode": 206}, **answers.pop(0)}
+
+    limits, place = StorageSettings(retry_base_s=0.01), Place("there", "b")
+    with pytest.raises(StorageError, match="written again while it was read"):
+        read_range(get, 0, 2000, etag=None, what="read it", limits=limits, place=place)
+
+
+def test_an_object_that_ends_before_what_was_read_has_changed() -> None:
+    answers = [{"ContentRange": "bytes 0-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000))}]
+
+    def get(extra: dict[str, str]) -> dict[str, object]:
+        if not answers:
+            raise ClientError({"Error": {"Code": "InvalidRange"}}, "GetObject")
         return {"ResponseMetadata": {"HTTPStatusCode": 206}, **answers.pop(0)}
 
     limits, place = StorageSettings(retry_base_s=0.01), Place("there", "b")

@@ -72,6 +72,10 @@ class Web:
         self.add(path, becomes, lambda request: send(request, 200, data, **headers))
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # all connections of img2dataset at once; what finds no room is not heard of in time
+
+
 def send(request: BaseHTTPRequestHandler, status: int, data: bytes = b"", **headers: str) -> None:
     request.send_response(status)
     for name, value in headers.items():
@@ -169,7 +173,7 @@ def web() -> Iterator[Web]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         web.port = server.server_address[1]
         fill(web)
@@ -302,10 +306,7 @@ def test_servers_are_told_who_asks_and_are_not_asked_more_than_was_said(web: Web
     asked |= {"/busy.jpg": 4, "/reduced.jpg": 4}  # again after 503, and where another was moved to
     resized = {"image too small", "image area too large", "aspect ratio too large", "broken picture"}
     asked |= {path: 2 for path, becomes in paths(web) if becomes in resized}
-    assert web.asked.keys() == asked.keys()
-    # On a busy machine a connection may not be made in time, so that a server hears of one try less.
-    assert all(asked[path] // 2 <= count <= asked[path] for path, count in web.asked.items())
-    assert sum(web.asked.values()) >= 0.8 * sum(asked.values())
+    assert dict(web.asked) == asked
 
 
 def paths(web: Web) -> Iterator[tuple[str, tuple[int, int] | str]]:

@@ -73,12 +73,14 @@ def read_range(
             try:
                 if body is None:
                     answer = _ask(get, start + reached, end, etag)
-                    if answer is None:  # the object ends before the range begins
+                    if answer is None and not reached:  # the object ends before the range begins
                         return ObjectRange(empty_buffer(0), 0, etag or "")
+                    # IfMatch asks for it, but not every server looks at that.
+                    if answer is None:
+                        raise ObjectChangedError(f"{what}: it was written again while it was read. Try again")
                     body = answer["Body"]
                     found_bytes = _whole_size(answer, start + reached, what=what, place=place)
                     if reached and (found_bytes != size_bytes or _plain(answer["ETag"]) != _plain(etag)):
-                        # IfMatch asks for it, but not every server looks at that.
                         raise ObjectChangedError(f"{what}: it was written again while it was read. Try again")
                     size_bytes, etag = found_bytes, answer["ETag"]
                     if not reached:

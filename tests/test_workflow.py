@@ -204,7 +204,7 @@ def test_picture_files_count_by_their_content_wherever_they_lie(teacher: Path, t
 
 def test_masks_belong_to_the_latents_of_inpainting_models_alone(teacher: Path) -> None:
     plain, other = _recipe(teacher), _recipe(teacher, encode={"masks": {"max_boxes": 2}})
-    names: dict[str, str] = {"shards_digest": "d", "teacher_digest": "t"}
+    names: dict[str, str] = {"shards_digest": "d", "encoders_digest": "t"}
     assert latents_fingerprint(plain, **names) == latents_fingerprint(other, **names)
     assert latents_fingerprint(plain, **names, masks=True) != latents_fingerprint(other, **names, masks=True)
 
@@ -215,7 +215,7 @@ def test_other_data_or_another_teacher_trains_everything_anew(teacher: Path, sto
         guidance_fingerprint(recipe, teacher_digest=model, latents_digest=data) for model in "ab" for data in "cd"
     }
     assert len(prints) == 4
-    names = {latents_fingerprint(recipe, shards_digest=data, teacher_digest=model) for data in "cd" for model in "ab"}
+    names = {latents_fingerprint(recipe, shards_digest=data, encoders_digest=model) for data in "cd" for model in "ab"}
     assert len(names) == 4
     more = _recipe(teacher, prepare__num_train=100)
     assert shards_uri(recipe, storage, "train") != shards_uri(more, storage, "train")

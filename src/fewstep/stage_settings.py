@@ -91,6 +91,12 @@ class EncodeSettings(StageSettings):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="what VAE and text encoder compute in; bfloat16 is faster on GPUs, and coarser"
     )
+    store_latents: bool = Field(
+        True,
+        description="make the training latents once and read them; false: trainings read the pictures, and the "
+        "teacher's frozen VAE and text encoder make latents and embeddings in every update, which needs no room in the "
+        "store and costs the VAE's time again in each epoch",
+    )
     store_text: bool = Field(
         True,
         description="store text embeddings beside the training latents; false: trainings make them of the captions, by "

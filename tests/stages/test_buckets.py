@@ -145,10 +145,10 @@ def test_buckets_name_the_training_latents_and_nothing_where_there_are_none() ->
     )
     assert "buckets" not in fingerprints._of_encode(plain)
     assert len({fingerprint(each, "encode") for each in (plain, with_buckets, wider)}) == 3
-    names: dict[str, Any] = {"shards_digest": "a", "teacher_digest": "b"}
+    names: dict[str, Any] = {"shards_digest": "a", "encoders_digest": "b"}
     of_latents = [fingerprints.latents_fingerprint(each, **names) for each in (plain, with_buckets, wider)]
     assert len(set(of_latents)) == 3
-    held_out = [fingerprints.latents_fingerprint(each, **names, square=True) for each in (plain, with_buckets, wider)]
+    held_out = [fingerprints.latents_fingerprint(each, **names, held_out=True) for each in (plain, with_buckets, wider)]
     assert set(held_out) == {of_latents[0]}
     digests = {
         fingerprints.data_digest(each, shards_digests=["a"], resolution=16) for each in (plain, with_buckets, wider)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.data.masks import mask_of
 from fewstep.data.shards import write_shards
 from fewstep.errors import FewstepError, ModelError, SamplingError
 from fewstep.evaluate.settings import EvaluateSettings
 from fewstep.models import Parts, StudentInfo, save_student
 from fewstep.recipe import parse_recipe
 from fewstep.stages.context import DONE, StageContext, stage_uri
-from fewstep.stages.encode_shards import mask_of
 from fewstep.storage import Storage, join
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.tracking.tracker import Tracker

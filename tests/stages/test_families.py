@@ -14,14 +14,14 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLPipeline
 from torch import nn
 
 from counted import counted
-from fewstep.data.masks import MaskSettings
+from fewstep.data.masks import MaskSettings, mask_of
 from fewstep.data.shards import write_shards
 from fewstep.data.stream import StreamSettings
 from fewstep.diffusion import ddim
 from fewstep.distill import GuidanceObjective, ProgressiveObjective
 from fewstep.models import Parts, StudentInfo, initial_noise, load_model
 from fewstep.stages.batches import format_of, sample_batches
-from fewstep.stages.encode_shards import Encoding, encode_shards, mask_of
+from fewstep.stages.encode_shards import Encoding, encode_shards
 from fewstep.stages.guidance import export_student
 from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join

@@ -14,6 +14,7 @@ Share of the picture that 1,000 masks of the default settings cover, measured wi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -145,3 +146,19 @@ def _draw_boxes(
         right, bottom = round(left + across) - 1, round(top + down) - 1  # Pillow's boxes have their last pixel too
         left, top = min(round(left), right), min(round(top), bottom)
         draw.rectangle([left, top, right, bottom], fill=1)
+
+
+def mask_of(key: str, resolution: int, *, settings: MaskSettings, seed: int) -> Tensor:
+    """Return the mask of a sample, (1, resolution, resolution) of bool, True where the hole is.
+
+    It belongs to its sample: encoding the shard again, or another one before it, draws the same.
+
+    Args:
+        key: of the sample.
+        resolution: side of the pictures in pixels.
+        settings: how holes are drawn.
+        seed: of all masks.
+    """
+    digest = hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return random_mask(resolution, resolution, settings=settings, generator=generator)

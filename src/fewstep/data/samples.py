@@ -137,6 +137,15 @@ class SampleRules:
             "seed": self.seed if len(self.captions) > 1 else 0,
         }
 
+    @classmethod
+    def from_json(cls, rules: Mapping[str, Any]) -> Self:
+        """Return what `to_json` wrote."""
+        return cls(
+            filters=tuple(FieldFilter(**each) for each in rules["filters"]),
+            captions=tuple(CaptionSource(**each) for each in rules["captions"]),
+            seed=rules["seed"],
+        )
+
     def apply(self, sample: Sample) -> Sample:
         """Return the sample with its caption as .txt.
 

@@ -21,6 +21,7 @@ from fewstep.errors import ModelError
 from fewstep.models.class_pipeline import ClassConditionalPipeline
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.folder import check_components, choose_attention, load_network, read_scheduler
+from fewstep.models.latent import scaled_posterior
 from fewstep.models.parts import Parts, pixels_of
 
 #: The continuous cosine schedule of the paper's pixel models, with v-prediction.
@@ -149,12 +150,10 @@ class ClassModel(Parts):
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.vae is not None:
+            return scaled_posterior(self.vae, pixels)
         x = pixels.to(self.device).float() / 127.5 - 1
-        if self.vae is None:
-            return x, torch.zeros_like(x)
-        posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
-        scale = self.vae.config["scaling_factor"]
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        return x, torch.zeros_like(x)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

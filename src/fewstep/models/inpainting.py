@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from fewstep.errors import DataError, ModelError
 from fewstep.models.architecture import unet_like
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.folder import choose_attention
-from fewstep.models.latent import ClipParts, read_clip_components
+from fewstep.models.latent import ClipParts, read_clip_components, scaled_posterior
 from fewstep.models.text_latent import TextToImageParts
 
 
@@ -68,24 +69,8 @@ class InpaintingParts(ClipParts):
 
     @torch.no_grad()
     def encode_holes(self, pixels: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """Return what the U-Net is told of pictures with holes, as `StableDiffusionInpaintPipeline` computes it.
-
-        Args:
-            pixels: uint8 pictures (B, 3, H, W).
-            masks: (B, 1, H, W), True or 1 where the hole is.
-
-        Returns:
-            mask (B, 1, h, w), 1 where the hole is, reduced to the latents' size by taking the nearest pixel, and
-            masked_latents (B, C, h, w), the mean of the scaled latents of the picture with its hole grey; float32. The
-            pipeline draws from the posterior instead, whose deviation is small beside the latents' own.
-
-        Raises:
-            DataError: the masks are of another size than the pictures, or hold values between 0 and 1.
-        """
-        hole = check_mask(masks, pixels).to(self.vae.device)
-        x = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
-        masked_latents, _ = self._encode(x * ~hole)
-        return {"mask": F.interpolate(hole.float(), size=masked_latents.shape[2:]), "masked_latents": masked_latents}
+        """Return what the U-Net is told of pictures with holes; see the function."""
+        return encode_holes(self.vae, pixels, masks)
 
     def pipeline(self) -> StableDiffusionInpaintPipeline:
         """Return an unmodified StableDiffusionInpaintPipeline over these parts."""
@@ -94,6 +79,27 @@ class InpaintingParts(ClipParts):
     def save(self, folder: Path | str) -> None:
         """Write a diffusers folder that StableDiffusionInpaintPipeline.from_pretrained reads."""
         self.pipeline().save_pretrained(str(folder), safe_serialization=True)
+
+
+def encode_holes(vae: AutoencoderKL, pixels: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """Return what the U-Net is told of pictures with holes, as `StableDiffusionInpaintPipeline` computes it.
+
+    Args:
+        vae: the autoencoder.
+        pixels: uint8 pictures (B, 3, H, W).
+        masks: (B, 1, H, W), True or 1 where the hole is.
+
+    Returns:
+        mask (B, 1, h, w), 1 where the hole is, reduced to the latents' size by taking the nearest pixel, and
+        masked_latents (B, C, h, w), the mean of the scaled latents of the picture with its hole grey; float32. The
+        pipeline draws from the posterior instead, whose deviation is small beside the latents' own.
+
+    Raises:
+        DataError: the masks are of another size than the pictures, or hold values between 0 and 1.
+    """
+    hole = check_mask(masks, pixels).to(vae.device)
+    masked_latents, _ = scaled_posterior(vae, pixels, hole=hole)
+    return {"mask": F.interpolate(hole.float(), size=masked_latents.shape[2:]), "masked_latents": masked_latents}
 
 
 def check_mask(mask: Tensor, pixels: Tensor) -> Tensor:

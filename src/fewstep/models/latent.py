@@ -23,6 +23,20 @@ _PIXELS_AT_ONCE = 4 * 1024**2
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
+def scaled_posterior(vae: AutoencoderKL, pixels: Tensor, *, hole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the scaled latents of uint8 pictures, (B, c, h, w), float32.
+
+    Args:
+        vae: the autoencoder.
+        pixels: uint8 (B, C, H, W).
+        hole: (B, 1, H, W) of bool, True where the pictures are to be grey; None: nowhere.
+    """
+    x = pixels.to(vae.device, vae.dtype) / 127.5 - 1
+    posterior = vae.encode(x if hole is None else x * ~hole).latent_dist
+    scale = vae.config["scaling_factor"]
+    return posterior.mean.float() * scale, posterior.std.float() * scale
+
+
 def pictures_at_once(height: int, width: int) -> int:
     """Return how many pictures of a size in pixels are decoded together."""
     return max(1, _PIXELS_AT_ONCE // (height * width))
@@ -76,12 +90,7 @@ class LatentParts(Parts):
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the scaled latents of uint8 pictures (B, 3, H, W), float32."""
-        return self._encode(pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1)
-
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(x).latent_dist
-        scale = self.vae.config["scaling_factor"]
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        return scaled_posterior(self.vae, pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from fewstep.data.buckets import Size
 from fewstep.data.latents import decode_latents
+from fewstep.data.masks import MaskSettings, mask_of
 from fewstep.data.mixture import Shards, list_shards
-from fewstep.data.pictures import decode_class_picture, decode_picture
-from fewstep.data.sample import Decode
+from fewstep.data.pictures import Crop, decode_class_picture, decode_picture
+from fewstep.data.sample import Decode, Sample
 from fewstep.data.samples import NO_RULES, SampleRules, with_rules
 from fewstep.data.stream import ShardStream, StreamSettings
 from fewstep.distill import joint_tokenizers
@@ -23,22 +25,28 @@ from fewstep.storage import Storage
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.settings import TrackingSettings
 
+#: What VAE and text encoders compute in.
+Precision = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class SampleFormat:
     """How the samples that a network trains on are read; goes through JSON, so that later stages know it.
 
     Attributes:
-        kind: "latents" (latent shards) or "class_pictures" (picture shards with .cls).
-        options: keyword arguments of the decoder; or, of latents without text, "tokenizers": part of the condition ->
-            (MODEL, sub-folder of its tokenizer).
+        kind: "latents" (latent shards), "pictures" (with a caption) or "class_pictures" (picture shards with .cls).
+        options: keyword arguments of the decoder; those of "pictures" are written by `format_of_pictures`. Where no
+            text is stored, also "tokenizers": part of the condition -> (MODEL, sub-folder of its tokenizer).
         group_by: the tensor whose shape rows of a micro-batch must share, where samples are of several shapes; see
             `ShardStream`.
+        encoded: by whom pictures are made latents: nobody (None: they are latents, or are diffused as they are), or the
+            training, in the named precision.
     """
 
     kind: str
     options: dict[str, Any]
     group_by: str | None = None
+    encoded: Precision | None = None
 
     @property
     def has_token_ids(self) -> bool:
@@ -51,24 +59,94 @@ class SampleFormat:
         Args:
             fetch: from a MODEL to its folder, for the tokenizers of samples with token ids.
         """
-        decode: dict[str, Callable[..., dict[str, Any]]] = {
-            "latents": decode_latents,
-            "class_pictures": decode_class_picture,
-        }
         options = dict(self.options)
         if self.has_token_ids:
             options["token_ids"] = {
                 name: _Tokenize(str(fetch(uri) / folder)) for name, (uri, folder) in options.pop(_TOKENIZERS).items()
             }
+        if self.kind == "pictures":
+            return _picture_decode(**options)
+        decode: dict[str, Callable[..., dict[str, Any]]] = {
+            "latents": decode_latents,
+            "class_pictures": decode_class_picture,
+        }
         return partial(decode[self.kind], **options)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
-        grouped = {} if self.group_by is None else {"group_by": self.group_by}
-        return {"kind": self.kind, "options": self.options, **grouped}
+        more = {name: getattr(self, name) for name in ("group_by", "encoded") if getattr(self, name) is not None}
+        return {"kind": self.kind, "options": self.options, **more}
 
 
 _TOKENIZERS = "tokenizers"
+
+
+def _picture_decode(
+    *,
+    resolution: int,
+    seed: int,
+    rules: Mapping[str, Any],
+    buckets: Sequence[Sequence[int]] | None,
+    masks: Mapping[str, Any] | None,
+    token_ids: Mapping[str, Callable[[list[str]], Tensor]],
+    **options: Any,
+) -> Decode:
+    sizes: list[Size] | None = None if buckets is None else [(width, height) for width, height in buckets]
+    decode = partial(decode_picture, resolution=resolution, seed=seed, buckets=sizes, **options)
+    drawn = None if masks is None else partial(mask_of, settings=MaskSettings(**masks), seed=seed)
+    return _Encodable(with_rules(decode, SampleRules.from_json(rules)), token_ids, drawn)
+
+
+@dataclass(frozen=True)
+class _Encodable:
+    """Decodes to what a training makes latents of: pixels, token ids and perhaps a mask. Picklable."""
+
+    decode: Decode
+    token_ids: Mapping[str, Callable[[list[str]], Tensor]]
+    mask: Callable[[str, int], Tensor] | None
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        decoded = self.decode(sample)
+        if self.mask is not None:
+            decoded["mask"] = self.mask(decoded["key"], decoded["pixels"].shape[-1])
+        return decoded | {name: tokenize([decoded["caption"]])[0] for name, tokenize in self.token_ids.items()}
+
+
+def format_of_pictures(
+    parts: Parts,
+    teacher: str,
+    *,
+    rules: SampleRules,
+    crop: Crop,
+    seed: int,
+    sizes: bool,
+    buckets: Sequence[Size] | None,
+    masks: MaskSettings | None,
+    precision: Precision,
+) -> SampleFormat:
+    """Return how training samples are read where the training itself makes latents of pictures.
+
+    Args:
+        parts: the model.
+        teacher: its MODEL, whose tokenizers are used.
+        rules: which samples are used, and their captions.
+        crop, seed, sizes, buckets: as for `decode_picture`.
+        masks: how holes are drawn; None: there are none.
+        precision: of the encoders.
+    """
+    if parts.num_classes is not None:
+        return SampleFormat("class_pictures", picture_options(parts), encoded=precision)
+    options: dict[str, Any] = {
+        "resolution": parts.resolution,
+        "crop": crop,
+        "seed": seed,
+        "sizes": sizes,
+        "buckets": buckets and [list(size) for size in buckets],
+        "rules": rules.to_json(),
+        "masks": masks and masks.model_dump(mode="json"),
+        _TOKENIZERS: {name: [teacher, folder] for name, folder in joint_tokenizers(parts).items()},
+    }
+    return SampleFormat("pictures", options, group_by="pixels" if buckets else None, encoded=precision)
 
 
 def format_without_text(parts: Parts, teacher: str) -> SampleFormat:

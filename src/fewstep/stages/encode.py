@@ -17,11 +17,11 @@ import torch
 from fewstep.data.buckets import BucketSettings, bucket_sizes
 from fewstep.data.mixture import Mixture, Shards, Source, sources_of
 from fewstep.data.shards import read_index
-from fewstep.distill.tokens import TextEncoders, conditions_without_text
+from fewstep.distill.tokens import OF_THE_CAPTION, TextEncoders, conditions_without_text
 from fewstep.errors import ModelError, RecipeError
 from fewstep.models import Parts, SDXLParts, TextToImageParts, load_model
 from fewstep.recipe import Recipe, digest
-from fewstep.stages.batches import format_of, format_without_text
+from fewstep.stages.batches import SampleFormat, format_of, format_of_pictures, format_without_text
 from fewstep.stages.context import DATA_DIGEST_TAG, StageContext, pin_teacher
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode_shards import Encoders, Encoding, encode_shards
@@ -56,7 +56,10 @@ def encode(context: StageContext) -> dict[str, Any]:
         check_takes_buckets(parts, teacher, recipe.encode.buckets)
         of_training = replace(of_training, buckets=recipe.encode.buckets)
         training_format = replace(training_format, group_by="latent_mean")
-    if of_training != encoding:
+    in_training = parts.stores_latents and not recipe.encode.store_latents
+    if in_training:
+        training_format = _format_of_pictures(parts, teacher, of_training)
+    if training_format != format_of(parts):
         facts["training_format"] = training_format.to_json()
     source_of_teacher = TeacherSource(teacher, context.storage, context.tracker.settings)
     encoders = encoders_of(recipe, partial(_load, source_of_teacher, recipe.cluster))
@@ -65,16 +68,16 @@ def encode(context: StageContext) -> dict[str, Any]:
         shards = context.shards(split)
         found: list[dict[str, Any]] = []
         for source in sources_of(shards):
-            if not parts.stores_latents:
-                found.append(_pictures(source.uri, context.storage))
+            if not parts.stores_latents or (in_training and split == "train"):
+                found.append(_pictures(source.uri, context.storage, in_training and training_format.to_json()))
                 continue
             # Named by its content, so that it stays when other sources come beside it.
             name = latents_fingerprint(
                 recipe,
                 shards_digest=read_index(source.uri, storage=context.storage).digest,
-                teacher_digest=facts["teacher_digest"],
+                encoders_digest=encoders_digest(parts, folder, text=split == "evaluate" or recipe.encode.store_text),
                 masks=is_inpainting,
-                square=split == "evaluate",
+                held_out=split == "evaluate",
             )[:16]
             found.append(
                 encode_shards(
@@ -96,7 +99,7 @@ def encode(context: StageContext) -> dict[str, Any]:
             digests = [each["source_digest"] for each in found]
             facts["data_digest"] = data_digest(recipe, shards_digests=digests, resolution=parts.resolution)
             context.run.set_tags({DATA_DIGEST_TAG: facts["data_digest"]})
-        if parts.stores_latents:
+        if parts.stores_latents and facts[split]["num_samples"] is not None:
             context.run.log_metrics(_figures(split, facts[split]))
     return facts
 
@@ -214,12 +217,44 @@ def check_takes_buckets(parts: Parts, name: str, settings: BucketSettings) -> No
     bucket_sizes(parts.resolution, settings)
 
 
-def _pictures(shards: str, storage: Storage) -> dict[str, Any]:
-    """Return the facts of a split that is trained on as it is, in pixels."""
+def encoders_digest(parts: Parts, folder: Path, *, text: bool) -> str:
+    """Return a digest of all of a model that its latents depend on: its VAE, what a picture is for it, and with text
+    its text encoders and tokenizers. Fine-tuning the U-Net alone changes nothing of it.
+
+    Args:
+        parts: the model.
+        folder: it was read from.
+        text: text embeddings are stored too.
+    """
+    if not (folder / "vae").is_dir():
+        return folder_digest(folder)
+    told = [name for name in parts.denoiser().condition_names if text or name not in OF_THE_CAPTION]
+    used = ["vae", *(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") if text else ())]
+    digests = {name: folder_digest(folder / name) for name in used if (folder / name).is_dir()}
+    return digest([parts.family, parts.resolution, parts.picture_channels, parts.num_classes, told, digests])
+
+
+def _format_of_pictures(parts: Parts, teacher: str, encoding: Encoding) -> SampleFormat:
+    return format_of_pictures(
+        parts,
+        teacher,
+        rules=encoding.rules,
+        crop=encoding.crop,
+        seed=encoding.seed,
+        sizes=encoding.picture_sizes,
+        buckets=None if encoding.buckets is None else bucket_sizes(parts.resolution, encoding.buckets),
+        masks=encoding.masks,
+        precision=encoding.precision,
+    )
+
+
+def _pictures(shards: str, storage: Storage, read_as: Any) -> dict[str, Any]:
+    """Return the facts of a split that is trained on as it is: in pixels, or read as a format says that makes latents
+    of them."""
     index = read_index(shards, storage=storage)
     return {
         "uri": shards,
-        "digest": index.digest,
+        "digest": digest([index.digest, read_as]) if read_as else index.digest,
         "source_digest": index.digest,
         "num_samples": index.num_samples,
         "num_shards": len(index.shards),

@@ -10,26 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewstep.data.ahead import made_ahead
 from fewstep.data.buckets import BucketSettings, bucket_sizes
 from fewstep.data.counts import SampleCounts
 from fewstep.data.latents import latent_sample
-from fewstep.data.masks import MaskSettings, random_mask
+from fewstep.data.masks import MaskSettings, mask_of
 from fewstep.data.pictures import Crop
 from fewstep.data.samples import NO_RULES, SampleRules
 from fewstep.data.shards import Shard, read_index, write_index, write_tar
 from fewstep.data.source import iterate_shard
 from fewstep.models import Parts
-from fewstep.stages.batches import picture_decoder
+from fewstep.stages.batches import Precision, picture_decoder
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, disk_errors, join
-
-Precision = Literal["float32", "bfloat16"]
 
 #: Batches of decoded pictures made while the networks work.
 _AHEAD = 2
@@ -314,22 +311,6 @@ def _masked(
 ) -> Iterator[dict[str, Any]]:
     for sample in samples:
         yield {**sample, "mask": mask_of(sample["key"], resolution, settings=masks, seed=seed)}
-
-
-def mask_of(key: str, resolution: int, *, settings: MaskSettings, seed: int) -> Tensor:
-    """Return the mask of a sample, (1, resolution, resolution) of bool, True where the hole is.
-
-    It belongs to its sample: encoding the shard again, or another one before it, draws the same.
-
-    Args:
-        key: of the sample.
-        resolution: side of the pictures in pixels.
-        settings: how holes are drawn.
-        seed: of all masks.
-    """
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return random_mask(resolution, resolution, settings=settings, generator=generator)
 
 
 def _batched(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

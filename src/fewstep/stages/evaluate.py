@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.emoji.dataset import Split
+from fewstep.data.masks import mask_of
 from fewstep.data.mixture import iterate_mixture, list_shards
 from fewstep.data.pictures import decode_picture
 from fewstep.data.samples import with_rules
@@ -27,7 +28,6 @@ from fewstep.models import Denoiser, Parts, load_model, read_student_info
 from fewstep.recipe import Recipe
 from fewstep.stages.context import Artifact, StageContext, find_artifact, pin_teacher
 from fewstep.stages.device import driver_device
-from fewstep.stages.encode_shards import mask_of
 from fewstep.stages.evaluate_classes import evaluate_classes
 from fewstep.stages.progress import Progress
 from fewstep.storage import Storage, join

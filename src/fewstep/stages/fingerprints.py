@@ -89,23 +89,25 @@ def autoencoder_fingerprint(recipe: Recipe) -> str:
 
 
 def latents_fingerprint(
-    recipe: Recipe, *, shards_digest: str, teacher_digest: str, masks: bool = False, square: bool = False
+    recipe: Recipe, *, shards_digest: str, encoders_digest: str, masks: bool = False, held_out: bool = False
 ) -> str:
     """Return a digest of the latents that a teacher gives of picture shards, both named by their content.
 
     Args:
         recipe: the recipe.
         shards_digest: digest of the index of the picture shards.
-        teacher_digest: `folder_digest` of the teacher.
+        encoders_digest: of the parts of the teacher that make them.
         masks: masks are drawn for the pictures, which depend on the recipe's seed.
-        square: whatever buckets there are, these are of square pictures, as held-out ones are.
+        held_out: these are square and have their text, whatever the recipe says of those that are trained on.
     """
     settings = _of_encode(recipe)
-    if square:
+    settings.pop("store_latents", None)
+    if held_out:
         settings.pop("buckets", None)
+        settings.pop("store_text", None)
     if not masks:
         del settings["masks"]
-    inputs = {"settings": settings, "data": shards_digest, "teacher": teacher_digest, "format": _FORMAT}
+    inputs = {"settings": settings, "data": shards_digest, "encoders": encoders_digest, "format": _FORMAT}
     drawn = masks or recipe.encode.crop == "random"
     return digest(inputs | _rules(recipe) | ({"seed": recipe.seed} if drawn else {}))
 
@@ -232,7 +234,7 @@ def _of_encode(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of encode that its latents depend on; what came later only where it is not as before."""
     settings: dict[str, Any] = _dump(recipe.encode)
     del settings["encoders"]
-    for key, before in (("precision", "float32"), ("store_text", True), ("buckets", None)):
+    for key, before in (("precision", "float32"), ("store_latents", True), ("store_text", True), ("buckets", None)):
         if settings[key] == before:
             del settings[key]
     return settings

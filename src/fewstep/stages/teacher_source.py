@@ -1,4 +1,4 @@
-"""The teacher as workers get it, and the objectives that have its text encoders make embeddings."""
+"""The teacher as workers get it, and the objectives that have its encoders make latents and embeddings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from fewstep.distill import Objective
+from fewstep.distill.from_pictures import FromPictures, PictureEncoders
 from fewstep.distill.tokens import FromTokens, TextEncoders
 from fewstep.models import Parts, load_model
 from fewstep.stages.batches import SampleFormat
@@ -33,8 +34,10 @@ class TeacherSource:
 def told_of(
     objective: Callable[[torch.device], Objective], source: TeacherSource, samples: SampleFormat
 ) -> Callable[[torch.device], Objective]:
-    """Return what makes the objective for samples of this format: where they have token ids, one that makes the text
-    embeddings itself."""
+    """Return what makes the objective for samples of this format: where they are pictures or have token ids, one that
+    makes the latents or the text embeddings itself."""
+    if samples.encoded is not None:
+        return partial(_from_pictures, objective, source, samples.encoded == "bfloat16")
     return partial(_from_tokens, objective, source) if samples.has_token_ids else objective
 
 
@@ -42,3 +45,9 @@ def _from_tokens(
     objective: Callable[[torch.device], Objective], source: TeacherSource, device: torch.device
 ) -> Objective:
     return FromTokens(objective(device), TextEncoders(source.load()).to(device))
+
+
+def _from_pictures(
+    objective: Callable[[torch.device], Objective], source: TeacherSource, bfloat16: bool, device: torch.device
+) -> Objective:
+    return FromPictures(objective(device), PictureEncoders(source.load()).to(device), bfloat16=bfloat16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from fewstep.data.counts import SampleCounts
@@ -67,3 +69,29 @@ def test_what_was_counted_elsewhere_is_judged_alike(known: dict[str, int]) -> No
     assert (there.seen, there.skipped, there.shards) == (here.seen, here.skipped, here.shards)
     with pytest.raises(DataError, match=r"× shard cut short.*; in b, a\. Mend"):
         there.add(6000, {CUT_SHORT: 6000}, {}, shard="b", lost_bytes=6_000_000)
+
+
+def test_runs_that_are_stopped_again_and_again_are_judged_by_what_they_saw() -> None:
+    """A tenth of an epoch a life, and a fifth of all shards is gone: never 5 % of the data in one life."""
+    counts = SampleCounts(0.05, dataset_samples=1_000_000)
+    for number in range(19):
+        counts.seen += 400  # of four heaps that are there
+        lose(counts, f"gone-{number}", 100)
+    counts.seen += 400
+    with pytest.raises(DataError, match=r"2000 of the 10000 seen so far are lost, in 20 shards, where max_bad_share"):
+        lose(counts, "gone-19", 100)
+    fewer = SampleCounts(0.05, dataset_samples=1_000_000)
+    for number in range(200):  # one in twenty-five
+        fewer.seen += 2400
+        lose(fewer, f"gone-{number}", 100)
+
+
+def test_what_travels_with_a_batch_does_not_grow_with_the_shards() -> None:
+    counts = SampleCounts(1.0, dataset_samples=10_000_000, source="laion")
+    for number in range(2000):
+        counts.seen += 1
+        counts.skip(f"s3://bucket/{number}.tar", "broken picture", "")
+        lose(counts, f"s3://bucket/{number}.tar", 1)
+    totals = counts.totals()
+    assert totals.by_reason() == counts.by_reason() == {"laion: broken picture": 2000, f"laion: {MISSING}": 2000}
+    assert len(pickle.dumps(totals)) < 1000

@@ -6,14 +6,18 @@ import io
 import itertools
 import random
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from fewstep.data.counts import SampleCounts
+from fewstep.data.shards import read_index
+from fewstep.data.source import iterate_samples
 from fewstep.data.tar_piece import LEAD_BYTES, PieceContent, parse_piece
-from fewstep.errors import DataError
+from fewstep.storage import Storage, StorageSettings
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 
@@ -136,13 +140,15 @@ def test_a_ruined_shard_is_not_searched_to_its_end() -> None:
     assert asked.needed < (1 << 30) + (1 << 26)
 
 
-def test_two_members_of_one_name_are_an_error() -> None:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        _add(tar, "a.jpg", b"1")
-        _add(tar, "a.JPG", b"2")
-    with pytest.raises(DataError, match=r"a\.JPG: the sample has two members jpg"):
-        parse_piece(file.getvalue(), base=0, start=0, end=len(file.getvalue()), size_bytes=len(file.getvalue()))
+def test_a_sample_with_two_members_of_one_name_is_counted_and_skipped(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", mode="w") as tar:
+        for name, data in (("a.jpg", b"1"), ("a.JPG", b"2"), ("b.jpg", b"3"), ("c.jpg", b"4"), ("c.jpg", b"5")):
+            _add(tar, name, data)
+    storage, counts = Storage(StorageSettings()), SampleCounts(max_bad_share=1.0)
+    shards = read_index(str(tmp_path), storage=storage).shards
+    found = list(iterate_samples(shards, storage=storage, decode=dict, counts=counts))
+    assert [(sample["__key__"], bytes(sample["jpg"])) for sample in found] == [("b", b"3")]
+    assert (counts.seen, counts.skipped) == (3, {"two members of one name": 2})
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])

@@ -20,6 +20,7 @@ from fewstep.data.shards import Shard, ShardIndex, read_index, write_shards
 from fewstep.data.stream import Batch, ShardStream, StreamSettings
 from fewstep.errors import CheckpointError, DataError
 from fewstep.storage import Storage, join
+from fewstep.train.checkpoint import merge_streams
 from stream_samples import decode, decode_or_die, make_samples
 
 
@@ -66,7 +67,10 @@ def test_batches(storage: Storage, bucket_uri: str) -> None:
         batches = take(stream, 10)
     assert batches[0].data["pixels"].shape == (8, 3, 8, 8)
     assert batches[0].rows == list(range(8))
-    assert json.loads(json.dumps(batches[4].state)) == {"streams": {str(s): [0, 0, 10] for s in range(4)}}
+    assert json.loads(json.dumps(batches[4].state)) == {
+        "streams": {str(s): [0, 0, 10] for s in range(4)},
+        "shards": [index.digest],
+    }
     first_epoch = sorted(text for batch in texts(batches) for text in batch)
     assert first_epoch == sorted(f"caption {number}" for number in range(80))
     assert index.num_samples == 80
@@ -332,6 +336,24 @@ def test_state_of_another_number_of_streams_is_refused(storage: Storage, bucket_
     state["streams"]["0"] = [0, 3]
     with pytest.raises(CheckpointError, match="before shards were read in pieces"):
         make_stream(index, storage).load_state(state)
+
+
+def test_a_shard_that_was_added_since_the_checkpoint_is_told(storage: Storage, bucket_uri: str) -> None:
+    """The order of all samples is another then: going on would draw some twice and others never."""
+    write_shards(make_samples(16), bucket_uri, samples_per_shard=2, storage=storage)
+    with make_stream(read_index(bucket_uri, storage=storage), storage) as stream:
+        state = take(stream, 1)[0].state
+    with make_stream(read_index(bucket_uri, storage=storage), storage) as stream:
+        stream.load_state(state)
+        stream.load_state({"streams": state["streams"]})  # of a checkpoint that says nothing of shards
+    write_shards(make_samples(18), bucket_uri, samples_per_shard=2, storage=storage)
+    more = read_index(bucket_uri, storage=storage)
+    with pytest.raises(CheckpointError, match=r"shards are not those of the checkpoint .*data\.version another word"):
+        make_stream(more, storage).load_state(state)
+    with make_stream(more, storage) as stream:
+        other = take(stream, 1)[0].state
+    with pytest.raises(CheckpointError, match="two workers have listed different shards"):
+        merge_streams([state, other])
 
 
 def test_numbers_that_do_not_fit_are_said(storage: Storage, bucket_uri: str) -> None:

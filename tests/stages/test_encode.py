@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +129,46 @@ def test_a_run_that_goes_on_still_names_the_shards(parts: TextToImageParts, stor
             _encode(source, target, parts, storage, max_bad_share=0.1)
     facts = _encode(source, target, parts, storage, max_bad_share=0.3)
     assert facts["bad_shards"] == {join(source, "00000.tar"): 2, join(source, "00001.tar"): 1}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_shard_that_was_mended_is_encoded_after_all(
+    damage: str, parts: TextToImageParts, storage: Storage, bucket_uri: str
+) -> None:
+    """Its entry in the index says the same of it as before."""
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    index = write_shards([_sample(number) for number in range(12)], source, samples_per_shard=4, storage=storage)
+    second = index.shards[1].uri
+    whole = storage.read_bytes(second)
+    storage.delete(second)
+    if damage == "cut short":
+        storage.write_bytes(second, whole[: len(whole) // 2])
+    for _ in range(2):
+        with pytest.raises(DataError, match="Mend or remove these shards"):
+            _encode(source, target, parts, storage, max_bad_share=0.1)
+    storage.write_bytes(second, whole)
+    facts = _encode(source, target, parts, storage, max_bad_share=0.1)
+    assert (facts["num_samples"], facts["skipped"]) == (12, {})
+    assert [sample["caption"] for sample in _latents(target, storage)] == [f"picture {number}" for number in range(12)]
+
+
+def test_keys_that_cannot_name_files_are_counted_and_others_are_kept(
+    parts: TextToImageParts, storage: Storage, bucket_uri: str, tmp_path: Path
+) -> None:
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    long = "k" * 96
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for key in ("./00001", long, "../up", "twice", "other", "twice", "not-\udcff-utf-8"):
+            for name, data in (("png", _sample(0)["png"]), ("txt", b"a picture")):
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    storage.upload_file(tmp_path / "00000.tar", join(source, "00000.tar"))
+    facts = _encode(source, target, parts, storage, max_bad_share=0.3)
+    assert facts["skipped"] == {"key cannot be a file name": 1, "key comes twice in its shard": 1}
+    shards = read_index(target, storage=storage).shards
+    kept = [sample["__key__"] for sample in iterate_samples(shards, storage=storage, decode=dict)]
+    assert kept == ["00001", long, "twice", "other", "not-\udcff-utf-8"]
 
 
 def test_shards_that_changed_are_encoded_again(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:

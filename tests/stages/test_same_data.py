@@ -61,6 +61,46 @@ def test_shards_that_were_added_are_told_and_another_version_takes_them(
     assert run_stage("encode", recipe(version="2"), workplace, out=tmp_path) == after
 
 
+def test_other_pictures_are_told_where_trainings_read_them(workplace: Workplace, tmp_path: Path) -> None:
+    storage = workplace.storage
+    uri, other = (join(storage.root, f"trained-on-{number}") for number in range(2))
+    for each in (uri, other):
+        write_shards(samples(20), each, samples_per_shard=10, storage=storage)
+    train = {"updates": 1, "global_batch_size": 2, "learning_rate": 1e-3}
+    recipe = parse_recipe(
+        tiny_recipe(
+            tiny_teacher_folder(tmp_path / "teacher"), name="trained-on", stages=["encode", "guidance"], prepare=None,
+            stream={"num_streams": 1}, data={"train": uri, "evaluate": other}, encode={"store_latents": False},
+            guidance={"embedding_dim": 16, "train": train},
+        )
+    )  # fmt: skip
+    run_stage("encode", recipe, workplace, out=tmp_path)
+    write_shards(samples(30), uri, samples_per_shard=10, storage=storage)
+    # The stage alone, as a job of its own runs it.
+    with pytest.raises(DataError, match=rf"^{uri} is not what it was when encode ran"):
+        run_stage("guidance", recipe, workplace, out=tmp_path)
+
+
+def test_pictures_that_a_teacher_was_trained_on_are_told(storage: Storage, tmp_path: Path) -> None:
+    uri = str(tmp_path / "pictures")
+    index = write_shards(samples(4), uri, samples_per_shard=2, storage=storage)
+    train = {"updates": 1, "global_batch_size": 2, "learning_rate": 1e-3}
+    recipe = parse_recipe(
+        {
+            "name": "a-teacher",
+            "stages": ["teacher"],
+            "data": {"train": uri},
+            "stream": {"num_streams": 1},
+            "train_teacher": {"vae": "asset:emoji-teacher", "train": train},
+        }
+    )
+    facts = {"source_digests": {uri: index.digest}}
+    check_same_data("teacher", recipe, facts, storage=storage)
+    write_shards(samples(6), uri, samples_per_shard=2, storage=storage)
+    with pytest.raises(DataError, match="is not what it was when teacher ran"):
+        check_same_data("teacher", recipe, facts, storage=storage)
+
+
 def test_metadata_that_were_written_again_are_told(storage: Storage, tmp_path: Path) -> None:
     def write(text: str) -> None:
         pq.write_table(pa.table({"URL": ["https://a.com/1"], "TEXT": [text]}), tmp_path / "a.parquet")

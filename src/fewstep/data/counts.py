@@ -21,8 +21,9 @@ class SampleCounts:
 
     Too many is a DataError. Samples that cannot be used are judged from 100 seen on, by the share of those seen, with
     room for chance (three standard deviations). Samples lost with a cut shard come in heaps, so they are judged by the
-    share of the whole data set, and in each epoch anew. What filters leave out is counted apart, and not judged, unless
-    nothing remains.
+    share of the whole data set, and in each epoch anew; and, as a run that is often stopped may never see so many, from
+    100 heaps on by the share of the heaps seen, with the same room. What filters leave out is counted apart, and not
+    judged, unless nothing remains.
 
     Attributes:
         max_bad_share: what is allowed.
@@ -144,6 +145,13 @@ class SampleCounts:
             _logged=self._logged,
         )
 
+    def totals(self) -> SampleCounts:
+        """A copy without the shards: what travels with every batch must not grow with their number."""
+        return SampleCounts(
+            self.max_bad_share, self.dataset_samples, self.dataset_bytes, self.is_part, self.seen, dict(self.skipped),
+            dict(self.filtered), source=self.source,
+        )  # fmt: skip
+
     def _count(self, shard: str, reason: str, detail: str, *, samples: int) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + samples
         self.shards[shard] = self.shards.get(shard, 0) + samples
@@ -158,10 +166,15 @@ class SampleCounts:
             self._refuse(f"{bad} of the {self.seen} seen so far")
 
     def _judge_lost(self) -> None:
-        if self.is_part and len({shard for shard, _ in self._lost}) < 2:
+        heaps = len({shard for shard, _ in self._lost})
+        if self.is_part and heaps < 2:
             return
         of = " of this worker's share" if self.is_part else " of the data"
         samples = sum(count for count, _ in self._lost.values())
+        heaps_seen = self.seen * heaps / max(1, samples)
+        allowed = self.max_bad_share * heaps_seen
+        if heaps_seen >= _SEEN_BEFORE_JUDGING and heaps > allowed + 3 * math.sqrt(allowed):
+            self._refuse(f"{samples} of the {self.seen} seen so far are lost, in {heaps} shards")
         if self.dataset_samples is not None:
             if samples > self.max_bad_share * self.dataset_samples:
                 self._refuse(f"{samples} of the {self.dataset_samples}{of} are lost")

@@ -17,7 +17,7 @@ from fewstep.data.counts import SampleCounts
 from fewstep.data.mixed_stream import Drawn, MixedStream, StreamState, Whereabouts
 from fewstep.data.pieces import LoadedPiece, PieceSource
 from fewstep.data.sample import Decode
-from fewstep.data.source import as_sample, decode_sample
+from fewstep.data.source import decode_sample
 
 
 class GroupedStream:
@@ -97,6 +97,6 @@ class GroupedStream:
                 own.seen += 1
                 own.lose(shard.uri, read.reason, read.detail, samples=1, size_bytes=read.lost_bytes, start=place.start)
                 continue
-            data = decode_sample(as_sample(read.samples[0]), decode, shard=shard, counts=own)
+            data = decode_sample(read.samples[0], decode, shard=shard, counts=own)
             if data is not None:
                 self._wait(Drawn(data, place))

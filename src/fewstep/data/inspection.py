@@ -20,7 +20,8 @@ from fewstep.data.pieces import PieceReader
 from fewstep.data.sample import Sample
 from fewstep.data.samples import SampleRules
 from fewstep.data.shards import Shard, ShardIndex
-from fewstep.data.source import as_sample, decode_sample
+from fewstep.data.source import decode_sample
+from fewstep.data.tar_piece import RawSample
 from fewstep.errors import DataError
 from fewstep.storage import Storage
 
@@ -153,7 +154,9 @@ class _Looking:
         return {**decoded, "size": f"{width} x {height}"}
 
 
-def _samples(shard: Shard, storage: Storage, counts: SampleCounts, progress: Callable[[int], None]) -> Iterator[Sample]:
+def _samples(
+    shard: Shard, storage: Storage, counts: SampleCounts, progress: Callable[[int], None]
+) -> Iterator[RawSample]:
     reader = PieceReader(storage)
     for start, end in cut_pieces(shard.size_bytes, piece_bytes=_PIECE_BYTES):
         piece = reader.load(shard, start, end)
@@ -162,8 +165,7 @@ def _samples(shard: Shard, storage: Storage, counts: SampleCounts, progress: Cal
             counts.lose(
                 shard.uri, piece.reason, piece.detail, samples=piece.lost, size_bytes=piece.lost_bytes, start=start
             )
-        for sample in piece.samples:
-            yield as_sample(sample)
+        yield from piece.samples
         progress(len(piece.samples))
 
 

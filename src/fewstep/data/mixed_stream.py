@@ -14,7 +14,7 @@ from fewstep.data.order import next_source, source_starts
 from fewstep.data.pieces import PieceSource
 from fewstep.data.sample import Decode
 from fewstep.data.shards import Shard
-from fewstep.data.source import as_sample, decode_sample
+from fewstep.data.source import decode_sample
 from fewstep.errors import CheckpointError, DataError
 
 Position = tuple[int, int, int]
@@ -226,6 +226,6 @@ class MixedStream:
                 )
             if place is None:
                 continue
-            decoded = decode_sample(as_sample(place.sample), decode, shard=place.shard, counts=counts)
+            decoded = decode_sample(place.sample, decode, shard=place.shard, counts=counts)
             if decoded is not None:
                 return place, decoded

@@ -120,6 +120,11 @@ class MixedShards:
         """Return the shards of one source."""
         return cls(("",), (1,), (tuple(shards.shards if isinstance(shards, ShardIndex) else shards),))
 
+    @property
+    def digests(self) -> list[str]:
+        """Digest of the list of shards of each source, which the order of samples depends on."""
+        return [ShardIndex(own).digest for own in self.shards]
+
     def sources_to_json(self) -> list[list[Any]] | None:
         """Return name and share of each source; None of a single one."""
         return None if len(self.names) == 1 else named_shares(self.names, self.shares)

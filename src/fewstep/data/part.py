@@ -96,7 +96,7 @@ class PartReader:
                 rows = [stream.number * each + k for stream in streams for k in range(each)]
                 if self._group_by is None:
                     samples = [list(chain.from_iterable(samples))]
-                after = Part({stream.number: stream.state for stream in streams}, tuple(c.copy() for c in counts))
+                after = Part({stream.number: stream.state for stream in streams}, tuple(c.totals() for c in counts))
                 yield PartBatch([stack_samples(together) for together in samples], rows, after)
         finally:
             pool.shutdown(cancel_futures=True)

@@ -188,10 +188,10 @@ def tar_of(samples: Iterable[Mapping[str, Any]]) -> bytes:
 def write_tar(samples: Iterable[Mapping[str, Any]], file: IO[bytes]) -> None:
     """Writes what `tar_of` returns into a file, sample by sample."""
     keys: set[str] = set()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
             key = sample.get("__key__")
-            if not isinstance(key, str) or not _is_file_name(key):
+            if not isinstance(key, str) or not is_file_name(key):
                 raise DataError(
                     f"The sample key {key!r} cannot be a file name: it must be a text without '.', which may have "
                     "folders before it ('a/b')."
@@ -204,11 +204,12 @@ def write_tar(samples: Iterable[Mapping[str, Any]], file: IO[bytes]) -> None:
                 header.size, header.mode = len(data), 0o444
                 try:
                     tar.addfile(header, io.BytesIO(data))
-                except ValueError as error:  # of more than 100 bytes, or 255 with the folders; or no text at all
+                except ValueError as error:  # it is no text at all
                     raise DataError(f"The sample key {key!r} cannot be a file name in a tar: {error}.") from error
 
 
-def _is_file_name(key: str) -> bool:
+def is_file_name(key: str) -> bool:
+    """Whether samples with this key can be written: a name without a dot, with folders before it or not."""
     *folders, name = key.split("/")
     return bool(name) and "." not in name and "\0" not in key and not {"", ".", ".."} & set(folders)
 

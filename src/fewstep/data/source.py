@@ -21,17 +21,17 @@ _LARGE = ("npy", "jpg", "jpeg", "png", "webp")
 _PIECE_BYTES = 16 << 20  # of a pass through a shard from its begin to its end
 
 
-def decode_sample(sample: Sample, decode: Decode, *, shard: Shard, counts: SampleCounts) -> dict[str, Any] | None:
+def decode_sample(raw: RawSample, decode: Decode, *, shard: Shard, counts: SampleCounts) -> dict[str, Any] | None:
     """The decoded sample, or None when `decode` refused it with a DataError or a filter left it out; it is counted."""
     counts.seen += 1
     try:
-        return decode(sample)
+        return decode(as_sample(raw))
     except FilteredError as error:
         counts.filter(error.reason)
         return None
     except DataError as error:
         reason = error.reason if isinstance(error, BadSampleError) else str(error).split(":")[0][:80]
-        counts.skip(shard.uri, reason, f"the first is {sample['__key__']}: {error}")
+        counts.skip(shard.uri, reason, f"the first is {raw.key}: {error}")
         return None
 
 
@@ -66,7 +66,7 @@ def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: Sam
         lost_bytes += piece.lost_bytes
         reason, detail = reason or piece.reason, detail or piece.detail
         for sample in piece.samples:
-            decoded = decode_sample(as_sample(sample), decode, shard=shard, counts=counts)
+            decoded = decode_sample(sample, decode, shard=shard, counts=counts)
             if decoded is not None:
                 yield decoded
     if shard.num_samples is not None:
@@ -84,7 +84,11 @@ def as_sample(raw: RawSample) -> Sample:
     """The sample with copies of its members, but views of pictures and arrays, which are large and copied in decoding.
 
     Whoever changes an array, or keeps it for long (it keeps its whole piece in memory), makes a copy.
+
+    Errors: BadSampleError when two members have one name, as nobody knows which of them is meant.
     """
+    if raw.doubled:
+        raise BadSampleError("two members of one name", f"{raw.doubled} comes after another one")
     members = {name: data if name.endswith(_LARGE) else bytearray(data) for name, data in raw.members.items()}
     return {"__key__": raw.key, **members}
 

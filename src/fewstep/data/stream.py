@@ -123,6 +123,7 @@ class ShardStream:
     ) -> None:
         self._grouped = group_by is not None
         self._mixed = mixed = shards if isinstance(shards, MixedShards) else MixedShards.of(shards)
+        self._digests = mixed.digests
         for name, of_source in zip(mixed.names, mixed.shards, strict=True):
             check_streams(
                 len(of_source), num_streams=settings.num_streams, global_batch_size=global_batch_size,
@@ -176,7 +177,7 @@ class ShardStream:
         """Go to a `Batch.state`, one worker's or the union of all workers'; it takes what is its own.
 
         Raises:
-            CheckpointError: the state is not of this number of streams, or of other sources or weights.
+            CheckpointError: the state is not of this number of streams, or of other shards, sources or weights.
         """
         self.close()
         found, wanted = state.get("sources"), self._mixed.sources_to_json()
@@ -186,6 +187,14 @@ class ShardStream:
                 f"The data state is of {_in_words(found)}, and this run has {_in_words(wanted)}. Sources and weights "
                 "must stay as they were when the checkpoint was written; a training with others begins anew."
             )
+        for name, before, now in zip(self._mixed.names, state.get("shards", self._digests), self._digests, strict=True):
+            if before != now:
+                raise CheckpointError(
+                    f"The shards{f' of the source {name}' if name else ''} are not those of the checkpoint (digest "
+                    f"{before[:12]}, now {now[:12]}): some were added, removed or written again since, and their list "
+                    "says in which order samples come. Bring the old list back; or give data.version another word, "
+                    "which begins the training anew."
+                )
         own = [stream for part in self._parts for stream in part.streams]
         num_streams = self._settings.num_streams
         streams: Mapping[str, Any] = state.get("streams", {})
@@ -239,7 +248,7 @@ class ShardStream:
         return Batch(
             data=join_batches([data for part in parts for data in part.data], grouped=self._grouped),
             rows=[row for part in parts for row in part.rows],
-            state={"streams": streams} | ({} if sources is None else {"sources": sources}),
+            state={"streams": streams, "shards": self._digests} | ({} if sources is None else {"sources": sources}),
             counts=skipped,
             drawn={} if sources is None else dict(zip(self._mixed.names, drawn, strict=True)),
         )

@@ -15,12 +15,11 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from webdataset.tariterators import base_plus_ext
 
 from fewstep.data.sample import Bytes
-from fewstep.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
 #: Bytes before its start that a piece reads: a header of the pax format stands before the one that it belongs to.
@@ -45,6 +44,7 @@ class RawSample:
         offset: byte of the shard at which the header of its first member lies.
         start, end: bytes of the shard that hold all of it: from the first header, long ones before that included, to
             the padding of its last member.
+        doubled: name of a second member with the extension of one before it; nothing where all differ.
     """
 
     key: str
@@ -52,6 +52,7 @@ class RawSample:
     offset: int
     start: int
     end: int
+    doubled: str = ""
 
 
 @dataclass
@@ -82,25 +83,18 @@ def parse_piece(data: Bytes, *, base: int, start: int, end: int, size_bytes: int
         base: a multiple of 512, `LEAD_BYTES` before start where the tar has so many.
         start, end: of the piece, in bytes of the tar; end == size_bytes for the last one.
         size_bytes: of the whole tar.
-
-    Raises:
-        DataError: a sample has two members of the same name.
     """
     return _Parser(data, base=base, start=start, end=end, size_bytes=size_bytes).run()
 
 
 def parse_sample(data: Bytes, *, start: int) -> RawSample | None:
-    """Return the one sample whose bytes, from its `start` to its `end`, these are; None if they are not.
-
-    Raises:
-        DataError: it has two members of the same name.
-    """
+    """Return the one sample whose bytes, from its `start` to its `end`, these are; None if they are not."""
     tar = bytes(data) + 2 * _ZERO_BLOCK
     content = parse_piece(tar, base=0, start=0, end=len(tar), size_bytes=len(tar))
     if len(content.samples) != 1 or content.damage is not None:
         return None
     (sample,) = content.samples
-    return RawSample(sample.key, sample.members, start + sample.offset, start + sample.start, start + sample.end)
+    return replace(sample, offset=start + sample.offset, start=start + sample.start, end=start + sample.end)
 
 
 @dataclass(slots=True)
@@ -161,11 +155,9 @@ class _Parser:
                 current = RawSample(key, {}, member.offset, member.start, member.end)
             extension = extension.lower()
             if extension in current.members:
-                raise DataError(
-                    f"{member.name}: the sample has two members {extension}. Each member of a sample needs a name of "
-                    "its own."
-                )
-            current.members[extension] = member.data
+                current.doubled = current.doubled or member.name
+            else:
+                current.members[extension] = member.data
             current.end = member.end
         self._close(current, whole=self._content.damage is None)
 

@@ -34,7 +34,7 @@ from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_sources
 from fewstep.stages.encode_shards import Encoding
-from fewstep.stages.training import tag_data, train_teacher_network
+from fewstep.stages.training import source_digests, tag_data, train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 
@@ -58,7 +58,7 @@ def class_teacher(context: StageContext) -> dict[str, Any]:
         )
     shards = context.shards("train")
     begin = join(uri, "begin")
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"source_digests": source_digests(context, shards)}
     data: Shards
     if not settings.in_latents:
         _store_fresh(context, settings, names, begin)

@@ -16,6 +16,7 @@ from fewstep.recipe import Recipe, StageName
 from fewstep.stages.batches import SampleFormat
 from fewstep.stages.fingerprints import fingerprint, folder_digest, split_fingerprint
 from fewstep.stages.memory import Usage
+from fewstep.stages.same_data import check_same_data
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.registry import Registry
@@ -153,8 +154,15 @@ class StageContext:
 
     def latents(self, split: Literal["train", "evaluate"]) -> Shards:
         """Return the URI of the shards that a network is trained on, or a mixture of such: the latents that the encode
-        stage made of a split, or for a model in pixels its pictures."""
-        return encoded_shards(self.recipe, self.artifact("encode").facts[split])
+        stage made of a split, or for a model in pixels its pictures.
+
+        Raises:
+            DataError: pictures that are trained on are others now than encode has seen.
+        """
+        facts = self.artifact("encode").facts
+        if split == "train" and self.training_format().kind != "latents":
+            check_same_data("encode", self.recipe, facts, storage=self.storage)
+        return encoded_shards(self.recipe, facts[split])
 
     def fetch(self, uri: str) -> Path:
         """Return a local folder of a MODEL."""

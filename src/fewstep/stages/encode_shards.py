@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,10 @@ from fewstep.data.counts import SampleCounts
 from fewstep.data.latents import latent_sample
 from fewstep.data.masks import MaskSettings, mask_of
 from fewstep.data.pictures import Crop
+from fewstep.data.pieces import CUT_SHORT, MISSING
+from fewstep.data.sample import BadSampleError, Decode, Sample
 from fewstep.data.samples import NO_RULES, SampleRules
-from fewstep.data.shards import Shard, read_index, write_index, write_tar
+from fewstep.data.shards import Shard, is_file_name, read_index, write_index, write_tar
 from fewstep.data.source import iterate_shard
 from fewstep.models import Parts
 from fewstep.stages.batches import Precision, picture_decoder
@@ -35,6 +38,9 @@ _RECORDS_AT_ONCE = 32
 
 #: The number of a sample within its shard; no member of it.
 _PLACE = "__place__"
+
+#: What its members are named by.
+_FILE_NAME = "__file_name__"
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,7 @@ class ShardEncoder:
     def _encoded(self, shard: Shard, counts: SampleCounts) -> Iterator[dict[str, Any]]:
         parts, encoding = self._parts, self._encoding
         samples: Iterable[dict[str, Any]] = iterate_shard(
-            shard, storage=self._storage, decode=self._decode, counts=counts
+            shard, storage=self._storage, decode=_WithOwnKey(self._decode), counts=counts
         )
         if encoding.buckets is not None:
             samples = ({**sample, _PLACE: number} for number, sample in enumerate(samples))
@@ -287,9 +293,26 @@ class ShardEncoder:
                 mean, std = mean.cpu(), std.cpu()
                 for row, sample in enumerate(batch):
                     of_row = {name: value[row] for name, value in stored.items()}
-                    latents = latent_sample(sample["key"], sample.get("caption", ""), mean[row], std[row], of_row)
+                    latents = latent_sample(sample[_FILE_NAME], sample.get("caption", ""), mean[row], std[row], of_row)
                     yield latents if encoding.buckets is None else {**latents, _PLACE: sample[_PLACE]}
                 self._advance(len(batch))
+
+
+class _WithOwnKey:
+    """Decodes the samples of one shard, and refuses those whose latents could not be stored beside the others'."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._names = decode, set[str]()
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        name = re.sub("^(\\./)+", "", sample["__key__"])  # as `tar cf x.tar .` writes names
+        if not is_file_name(name):
+            raise BadSampleError("key cannot be a file name", repr(sample["__key__"]))
+        if name in self._names:
+            raise BadSampleError("key comes twice in its shard", repr(sample["__key__"]))
+        decoded = self._decode(sample)
+        self._names.add(name)
+        return {**decoded, _FILE_NAME: name}
 
 
 def _more(counted: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -301,9 +324,11 @@ def _source(shard: Shard) -> dict[str, Any]:
 
 
 def _read_record(task: EncodeTask, storage: Storage) -> dict[str, Any] | None:
-    """Return what was noted about this shard; None where the pictures have changed since."""
+    """Return what was noted about this shard; None where the pictures have changed since, or some were missing: the
+    shard may be whole now, which its entry in an index does not tell."""
     record: dict[str, Any] = storage.read_json(task.record_uri)
-    return record if record["source"] == _source(task.shard) else None
+    lost = any(record["skipped"].get(reason) for reason in (CUT_SHORT, MISSING))
+    return None if lost or record["source"] != _source(task.shard) else record
 
 
 def _masked(

@@ -52,6 +52,8 @@ def _read_by(stage: StageName, recipe: Recipe, facts: Mapping[str, Any]) -> Iter
     """Yield address and digest of what lies elsewhere and a stage has read."""
     if stage == "prepare" and recipe.prepare_metadata is not None and "source_digest" in facts:
         yield recipe.prepare_metadata.source, facts["source_digest"]
+    if stage == "teacher" and recipe.data.train is not None:
+        yield from facts.get("source_digests", {}).items()
     if stage != "encode":
         return
     for split in SPLITS:

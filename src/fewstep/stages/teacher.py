@@ -45,7 +45,7 @@ from fewstep.stages.context import StageContext, is_stored, store_once
 from fewstep.stages.convert import changed_config
 from fewstep.stages.device import driver_device
 from fewstep.stages.encode import encode_sources, encoding_of
-from fewstep.stages.training import tag_data, train_teacher_network
+from fewstep.stages.training import source_digests, tag_data, train_teacher_network
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 
@@ -60,7 +60,7 @@ def teacher(context: StageContext) -> dict[str, Any]:
     settings = recipe.train_teacher
     assert settings is not None
     shards = context.shards("train")
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"source_digests": source_digests(context, shards)}
     begin = join(uri, "begin")
     if settings.init is not None:
         _store_init(context, settings, begin)

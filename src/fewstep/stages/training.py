@@ -21,6 +21,11 @@ from fewstep.train.run import run_training
 from fewstep.train.settings import TrainSettings
 
 
+def source_digests(context: StageContext, shards: Shards) -> dict[str, str]:
+    """Return the digest of the picture shards at each address."""
+    return {source.uri: read_index(source.uri, storage=context.storage).digest for source in sources_of(shards)}
+
+
 def tag_data(context: StageContext, shards: Shards, *, resolution: int) -> dict[str, str]:
     """Name the data in the stage's run, and return the tag for the runs of its trainings.
 
@@ -29,7 +34,7 @@ def tag_data(context: StageContext, shards: Shards, *, resolution: int) -> dict[
         shards: the picture shards that a teacher is trained on.
         resolution: side of its pictures in pixels.
     """
-    digests = [read_index(source.uri, storage=context.storage).digest for source in sources_of(shards)]
+    digests = list(source_digests(context, shards).values())
     tags = {DATA_DIGEST_TAG: data_digest(context.recipe, shards_digests=digests, resolution=resolution)}
     context.run.set_tags(tags)
     return tags

@@ -129,6 +129,11 @@ def merge_streams(states: list[dict[str, Any]]) -> dict[str, Any]:
         for key, value in state.items():
             if isinstance(value, dict):
                 value = merge_streams([merged.get(key, {}), value])
+            elif merged.get(key, value) != value and key == "shards":
+                raise CheckpointError(
+                    f"two workers have listed different shards (digests {merged[key]!r} and {value!r}): is somebody "
+                    "still writing there? Wait until they are whole, and start again"
+                )
             elif merged.get(key, value) != value:
                 raise CheckpointError(
                     f"two workers report different positions for {key!r}: {merged[key]!r} and {value!r}; each data "

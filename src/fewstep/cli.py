@@ -363,7 +363,8 @@ def plan(
     Everything is counted on networks without weights, so it needs no GPU, no network and no download. What does not fit
     is said, with the settings that would make it fit.
 
-    With --rows or --shards it says as well what the data path takes: requests and bytes of the store, cores, memory.
+    With --rows or --shards it says as well what the data path takes: requests and bytes of the store, cores, memory,
+    and the local disk that `encode` fills.
 
     Example: fewstep plan workflows/recipes/sdxl-laion-1024.yaml --gpu a100-80
     """

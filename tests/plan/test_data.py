@@ -10,14 +10,18 @@ import pytest
 from click.testing import CliRunner
 
 from fewstep.cli import main
+from fewstep.data.counts import SampleCounts
 from fewstep.data.latents import latent_sample
-from fewstep.data.shards import tar_of
-from fewstep.errors import FewstepError
+from fewstep.data.shards import Shard, tar_of
+from fewstep.data.source import iterate_shard
+from fewstep.errors import DataError, FewstepError
 from fewstep.plan import plan_data_of, plan_recipe, render_data
 from fewstep.plan.rates import read_rates, shipped_rates
 from fewstep.plan.teacher import find_shape
 from fewstep.plan.transfer import sample_bytes
 from fewstep.recipe import Recipe, parse_recipe
+from fewstep.storage import Storage, StorageSettings
+from fewstep.storage.object_range import ObjectRange
 
 RECIPE = Path("workflows/recipes/sd15-laion-512.yaml")
 TRAIN = {"updates": 10, "global_batch_size": 64, "learning_rate": 1.0e-4, "precision": "bfloat16"}
@@ -57,6 +61,7 @@ def test_figures_by_hand() -> None:
     assert guidance.bytes_per_s == pytest.approx(guidance.samples_per_s * bytes_.latents)
     assert guidance.requests_per_s == pytest.approx(guidance.bytes_per_s / (8 * 2**20))
     assert guidance.cores_per_gpu == pytest.approx(guidance.bytes_per_s / 4 / rates.latent_bytes_per_s)
+    assert encode.requests_per_s == pytest.approx(encode.samples_per_s * bytes_.picture / (16 * 2**20))
     assert encode.cores_per_gpu == pytest.approx(encode.samples_per_s / 4 / (rates.pictures_per_s * 16**2))
     # Two of eight streams; two blocks of 64 MiB and the piece that fills each; four pieces on their way in 2 processes.
     held = 2 * 2 * (64 + 8) * 2**20 + 2 * 4 * 8 * 2**20
@@ -67,6 +72,75 @@ def test_figures_by_hand() -> None:
     text = render_data(data)
     assert "100 M rows, 14 M pass" in text
     assert "num_streams" not in text
+
+
+def test_encode_takes_a_shard_of_the_local_disk_on_each_encoder() -> None:
+    recipe = recipe_of()
+    plan = plan_recipe(recipe, num_samples=7_000_000, num_workers=16)
+    data = plan_data_of(plan, recipe, shards=1000)
+    assert data.encoding is not None
+    assert (data.encoding.encoders, data.encoding.shard_samples) == (16, 7000)
+    # Latents of 128 + 2 · 512 bytes and a text of 128 + 2 · 3840 in .npy, caption and .json, each with a tar's head.
+    assert data.encoding.disk_bytes == 7000 * ((1536 + 512) + (8192 + 512) + 2 * (512 + 512)) == 89_600_000
+    assert data.encoding.sorting_bytes == 0
+    assert render_data(data).count("encode holds") == 1
+    assert (
+        "encode holds 89.6 MB of the local disk (TMPDIR) on each encoder, 717 MB on a machine of 8 GPUs: a shard of "
+        "7,000 latents until it is uploaded"
+    ) in render_data(data)
+    alone = recipe_of(encode={"encoders": 1, "store_text": False})
+    data = plan_data_of(plan_recipe(alone, num_samples=7_000_000, num_workers=16), alone, shards=1000)
+    assert "encode holds 28.7 MB of the local disk (TMPDIR) on each encoder: a shard of" in render_data(data)
+
+
+def test_encode_with_buckets_sorts_a_shard_in_memory() -> None:
+    plain, recipe = (recipe_of(encode={"batch_size": 10, **more}) for more in ({}, {"buckets": {"multiple_of": 8}}))
+    before, data = (
+        plan_data_of(plan_recipe(each, num_samples=7_000_000, num_workers=4), each, shards=1000)
+        for each in (plain, recipe)
+    )
+    assert data.encoding is not None
+    assert data.encoding.num_sizes == 3
+    # Ten pictures of 24 × 40, of 32 × 32 and of 40 × 24.
+    assert data.encoding.sorting_bytes == 89_600_000 + 10 * 3 * (960 + 1024 + 960)
+    assert (
+        "encode holds 89.7 MB of memory on each encoder, 359 MB on a machine of 4 GPUs: the latents of a shard until "
+        "they are sorted, and a batch of pictures of each of 3 sizes"
+    ) in render_data(data)
+    # Of groups of eight rows seven wait for each size, in the worker's two streams.
+    waiting = data.worker_memory_bytes - before.worker_memory_bytes
+    assert waiting == pytest.approx(2 * 3 * 7 * 12_800)
+
+
+def test_buckets_that_the_pictures_cannot_have() -> None:
+    recipe = recipe_of(encode={"buckets": {}})
+    with pytest.raises(DataError, match="multiple_of=64 does not divide the model's resolution of 32"):
+        plan_data_of(plan_recipe(recipe), recipe, shards=10)
+
+
+class Counting(Storage):
+    """A storage that counts the ranges that it is asked for."""
+
+    asked = 0
+
+    def read_range(self, uri: str, start: int, end: int, *, etag: str | None = None) -> ObjectRange:
+        self.asked += 1
+        return super().read_range(uri, start, end, etag=etag)
+
+
+def test_encode_asks_the_store_as_often_as_counted(tmp_path: Path) -> None:
+    file = tmp_path / "0.tar"
+    picture = {"jpg": bytes(1 << 15), "txt": b"a" * 64, "json": b"{}"}
+    file.write_bytes(tar_of([{"__key__": f"{number:09d}", **picture} for number in range(3000)]))
+    shard, storage = Shard(str(file), 3000, file.stat().st_size), Counting(StorageSettings())
+    found = list(iterate_shard(shard, storage=storage, decode=lambda sample: {}, counts=SampleCounts()))
+    assert len(found) == 3000
+    recipe = recipe_of()
+    encode = plan_data_of(plan_recipe(recipe), recipe, shards=10).readings[0]
+    counted = encode.requests_per_s / encode.bytes_per_s * shard.size_bytes
+    assert round(counted) == 6
+    # The first piece may need another request for the rest of its last sample, whose size is not known yet.
+    assert storage.asked in (6, 7)
 
 
 def test_an_entry_of_the_list_and_a_sample_of_latents_are_as_large_as_counted() -> None:

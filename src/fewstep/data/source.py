@@ -18,7 +18,9 @@ from fewstep.storage import Storage
 logger = logging.getLogger(__name__)
 
 _LARGE = ("npy", "jpg", "jpeg", "png", "webp")
-_PIECE_BYTES = 16 << 20  # of a pass through a shard from its begin to its end
+
+#: Bytes of one request in a pass through a shard from its begin to its end, as `encode` makes it.
+PASS_PIECE_BYTES = 16 << 20
 
 
 def decode_sample(raw: RawSample, decode: Decode, *, shard: Shard, counts: SampleCounts) -> dict[str, Any] | None:
@@ -58,7 +60,7 @@ def iterate_shard(shard: Shard, *, storage: Storage, decode: Decode, counts: Sam
     """The decoded samples of one shard; a part of a pass, which its caller ends with ``counts.finish()``."""
     reader = PieceReader(storage)
     found, lost, found_bytes, lost_bytes, reason, detail = 0, 0, 0, 0, "", ""
-    for start, end in cut_pieces(shard.size_bytes, piece_bytes=_PIECE_BYTES):
+    for start, end in cut_pieces(shard.size_bytes, piece_bytes=PASS_PIECE_BYTES):
         piece = reader.load(shard, start, end)
         found += len(piece.samples)
         lost += piece.lost

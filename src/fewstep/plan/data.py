@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.buckets import Size, bucket_sizes
+from fewstep.data.source import PASS_PIECE_BYTES
 from fewstep.errors import FewstepError
 from fewstep.plan.gpus import GIB
 from fewstep.plan.plan import Plan, Step
 from fewstep.plan.rates import Rates, read_rates, shipped_rates
 from fewstep.plan.render import bytes_in_words, number
+from fewstep.plan.shapes import Shape
 from fewstep.plan.teacher import find_shape
 from fewstep.plan.transfer import SampleBytes, sample_bytes
 from fewstep.recipe import Recipe
@@ -19,7 +22,6 @@ from fewstep.recipe import Recipe
 _GPUS_OF_A_NODE = 8
 #: Of an entry in index.json.
 _INDEX_BYTES_OF_A_SHARD = 190
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,27 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """What the stage encode takes of each encoder's machine to make the training latents, for shards of one size.
+
+    Attributes:
+        encoders: that work at once.
+        shard_samples: of a shard, the mean.
+        disk_bytes: of the local disk (TMPDIR), by each encoder: a latent shard until it is uploaded.
+        num_sizes: of pictures: the buckets, or the square alone.
+        sorting_bytes: of main memory, by each encoder, with encode.buckets: the latents of a shard until they are
+            sorted, and a batch of uint8 pictures of each size; 0 without. Beside what any encoder holds: the networks,
+            pieces of the picture shard, and the batches made ahead.
+    """
+
+    encoders: int
+    shard_samples: float
+    disk_bytes: float
+    num_sizes: int
+    sorting_bytes: float
+
+
+@dataclass(frozen=True)
 class DataPlan:
     """The data path of a recipe.
 
@@ -84,9 +107,11 @@ class DataPlan:
         rates: of a core.
         success: share of addresses that still give a picture; an assumption.
         choosing, downloading: None where no rows of metadata are told.
-        readings: encode, and each training that reads faster than those before.
+        encoding: None where no training latents are made.
+        readings: encode, where it makes training latents, and each training that reads faster than those before.
         index_bytes, list_bytes: the list of shards in the store, and in each worker's memory.
-        worker_memory_bytes: of the stream in one worker, the list included.
+        worker_memory_bytes: of the stream in one worker, the list included and, with encode.buckets, what waits for
+            others of its size.
         node_memory_bytes: of a machine with 8 GPUs.
     """
 
@@ -99,6 +124,7 @@ class DataPlan:
     success: float
     choosing: Choosing | None
     downloading: Downloading | None
+    encoding: Encoding | None
     readings: tuple[Reading, ...]
     index_bytes: float
     list_bytes: float
@@ -132,18 +158,19 @@ def plan_data_of(
         rates: file with the figures of a benchmark; None: the shipped ones.
 
     Raises:
-        FewstepError: a share that none can be, more pictures than rows could give, or a file without figures.
+        FewstepError: a share that none can be, more pictures than rows could give, a file without figures, or
+            buckets that the model's pictures cannot have.
     """
     found = find_shape(recipe, named=shape)
     of_a_core = shipped_rates() if rates is None else read_rates(rates)
-    return _plan_data(plan, recipe, sample_bytes(found), found.resolution, of_a_core, rows, shards, success)
+    return _plan_data(plan, recipe, sample_bytes(found), found, of_a_core, rows, shards, success)
 
 
 def _plan_data(
     plan: Plan,
     recipe: Recipe,
     bytes_: SampleBytes,
-    resolution: int,
+    shape: Shape,
     rates: Rates,
     rows: int | None,
     shards: int | None,
@@ -166,16 +193,18 @@ def _plan_data(
     streams = max(1, round(settings.num_streams / workers)) * workers if settings.num_streams % workers else (
         settings.num_streams
     )  # fmt: skip
-    readings = _readings(plan, recipe, bytes_, resolution, rates)
+    encode = next((step for step in plan.steps if step.stage == "encode" and recipe.encode.store_latents), None)
+    readings = _readings(plan, encode, recipe, bytes_, shape.resolution, rates)
     list_bytes = shards * rates.shard_bytes_in_memory
     own = streams // workers
     processes = max(1, settings.loader_processes)
     batch = max((step.samples / (step.updates or 1) for step in plan.trainings), default=0) / workers
-    per_sample = max((step.sample_bytes for step in plan.trainings), default=0)
+    in_batch = max((_held_bytes(step, shape, in_batch=True) for step in plan.trainings), default=0)
     worker = (
         own * 2 * (settings.shuffle_bytes + settings.piece_bytes)
         + processes * settings.connections * settings.piece_bytes
-        + (settings.prefetch_batches + 1) * batch * per_sample * 2  # float16 in the shards, float32 in a batch
+        + (settings.prefetch_batches + 1) * batch * in_batch
+        + own * max((_waiting_bytes(step, recipe, shape) for step in plan.trainings), default=0)
         + settings.cache_bytes
         + (1 + settings.loader_processes) * list_bytes
     )
@@ -189,6 +218,7 @@ def _plan_data(
         success=success,
         choosing=None if rows is None else _choosing(rows, attempted, recipe, rates),
         downloading=None if rows is None else _downloading(attempted, samples, bytes_, rates),
+        encoding=None if encode is None else _encoding(encode, recipe, shape, shards),
         readings=readings,
         index_bytes=shards * _INDEX_BYTES_OF_A_SHARD,
         list_bytes=list_bytes,
@@ -223,11 +253,48 @@ def _downloading(attempted: int, samples: int, bytes_: SampleBytes, rates: Rates
     )
 
 
-def _readings(plan: Plan, recipe: Recipe, bytes_: SampleBytes, resolution: int, rates: Rates) -> tuple[Reading, ...]:
+def _sizes(recipe: Recipe, shape: Shape) -> tuple[Size, ...]:
+    """Return width and height of the pictures of latent models: the buckets, or the square."""
+    if recipe.encode.buckets is None or shape.vae is None:
+        return ((shape.resolution, shape.resolution),)
+    return bucket_sizes(shape.resolution, recipe.encode.buckets)
+
+
+def _encoding(step: Step, recipe: Recipe, shape: Shape, shards: int) -> Encoding:
+    sizes = _sizes(recipe, shape)
+    shard_bytes = step.stored_bytes / shards
+    pictures = recipe.encode.batch_size * sum(3 * width * height for width, height in sizes)
+    return Encoding(
+        encoders=step.num_gpus,
+        shard_samples=step.samples / shards,
+        disk_bytes=shard_bytes,
+        num_sizes=len(sizes),
+        sorting_bytes=0 if recipe.encode.buckets is None else shard_bytes + pictures,
+    )
+
+
+def _held_bytes(step: Step, shape: Shape, *, in_batch: bool) -> int:
+    """Return the bytes of a decoded sample in main memory."""
+    if step.reads_pictures:
+        return shape.pixel_bytes
+    return step.sample_bytes * (2 if in_batch else 1)  # float16 in the shards, float32 in a batch
+
+
+def _waiting_bytes(step: Step, recipe: Recipe, shape: Shape) -> int:
+    """Return the bytes of samples that wait in a stream, at most: of each size a group less one."""
+    sizes = _sizes(recipe, shape)
+    if len(sizes) == 1 or step.stage == "teacher":
+        return 0
+    group = step.samples // (step.updates or 1) // recipe.stream.num_streams
+    return len(sizes) * max(0, group - 1) * _held_bytes(step, shape, in_batch=False)
+
+
+def _readings(
+    plan: Plan, encode: Step | None, recipe: Recipe, bytes_: SampleBytes, resolution: int, rates: Rates
+) -> tuple[Reading, ...]:
     found: list[Reading] = []
-    for step in plan.steps:
-        if step.stage == "encode":
-            found.append(_reading(step, bytes_.picture, plan.num_workers, recipe, resolution, rates))
+    if encode is not None:
+        found.append(_reading(encode, bytes_.picture, plan.num_workers, recipe, resolution, rates))
     for step in plan.trainings:
         reading = _reading(step, step.sample_bytes, plan.num_workers, recipe, resolution, rates)
         trainings = [each for each in found if not each.label.startswith("encode")]
@@ -239,7 +306,8 @@ def _readings(plan: Plan, recipe: Recipe, bytes_: SampleBytes, resolution: int, 
 def _reading(step: Step, each: int, workers: int, recipe: Recipe, resolution: int, rates: Rates) -> Reading:
     # What the driver does on one GPU is done by as many as there are workers.
     samples_per_s = step.samples / (step.gpu_seconds / workers)
-    if step.stage == "encode" or step.reads_pictures:
+    piece_bytes = PASS_PIECE_BYTES if step.stage == "encode" else recipe.stream.piece_bytes
+    if step.reads_pictures:
         of_a_core = rates.pictures_per_s * (rates.pictures_px / resolution) ** 2
     else:
         of_a_core = rates.latent_bytes_per_s / each
@@ -247,7 +315,7 @@ def _reading(step: Step, each: int, workers: int, recipe: Recipe, resolution: in
         label=step.label,
         samples_per_s=samples_per_s,
         bytes_per_s=samples_per_s * each,
-        requests_per_s=samples_per_s * each / recipe.stream.piece_bytes,
+        requests_per_s=samples_per_s * each / piece_bytes,
         cores_per_gpu=samples_per_s / workers / of_a_core,
     )
 
@@ -277,6 +345,8 @@ def render_data(plan: DataPlan) -> str:
             f"              {number(reading.samples_per_s)} samples/s, {bytes_in_words(reading.bytes_per_s)}/s, "
             f"{number(reading.requests_per_s)} requests/s; {number(reading.cores_per_gpu)} cores a GPU",
         ]
+    if plan.encoding is not None:
+        lines += _encoding_in_words(plan.encoding)
     lines += [
         f"memory        {bytes_in_words(plan.worker_memory_bytes)} a worker for its "
         f"{plan.num_streams // plan.workers} of {plan.num_streams} streams, "
@@ -292,3 +362,21 @@ def render_data(plan: DataPlan) -> str:
             f"{plan.num_streams}"
         )
     return "\n".join(lines)
+
+
+def _encoding_in_words(encoding: Encoding) -> list[str]:
+    near = min(encoding.encoders, _GPUS_OF_A_NODE)
+
+    def held(size: float) -> str:
+        of_machine = "" if near == 1 else f", {bytes_in_words(near * size)} on a machine of {near} GPUs"
+        return f"{bytes_in_words(size)} {{}} on each encoder{of_machine}"
+
+    disk = held(encoding.disk_bytes).format("of the local disk (TMPDIR)")
+    lines = [f"encode holds {disk}: a shard of {number(encoding.shard_samples)} latents until it is uploaded"]
+    if encoding.sorting_bytes:
+        memory = held(encoding.sorting_bytes).format("of memory")
+        lines.append(
+            f"encode holds {memory}: the latents of a shard until they are sorted, and a batch of pictures of each of "
+            f"{encoding.num_sizes} sizes"
+        )
+    return lines

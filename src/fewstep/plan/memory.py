@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from fewstep.errors import FewstepError
+from fewstep.models.latent import pictures_at_once
 from fewstep.plan.gpus import GIB
 from fewstep.plan.network import Sizes, adapter_weights, forward_pass, sizes, training_pass
 from fewstep.plan.shapes import WHOLE_NUMBERS, Shape
@@ -39,10 +40,10 @@ class Memory:
         gradients: counted whole, although at the fullest moment of a single pass not all are there yet.
         moments: AdamW's two.
         average: the averaged weights, where they are kept on the GPU.
-        frozen: the teacher's weights.
+        frozen: the teacher's weights, those of its text encoders and VAE included where the training needs them.
         gathered: with FSDP, the units that are whole for a moment, and their gradients.
         activations: what lives in a forward and backward pass beside these, casts of weights included.
-        inputs: the batch.
+        inputs: the batch, and the latents and embeddings that are made of it.
         reserve: see the module.
         host_average: main memory of a worker for an average that is kept there, the pinned copy included.
     """
@@ -125,11 +126,12 @@ def memory_of(training: Training, settings: TrainSettings, shape: Shape, *, num_
         if sharded and settings.shard_frozen:
             frozen //= num_workers
             gathered = max(gathered, _gathered(teacher, with_gradients=False) * each // 4)
-    if training.text is not None:
-        frozen += (2 if settings.frozen_dtype == "bfloat16" else 4) * sizes(training.text).weights
+    for encoder in (training.text, training.vae):
+        if encoder is not None:
+            frozen += (2 if settings.frozen_dtype == "bfloat16" else 4) * sizes(encoder).weights
     averaged = 0 if settings.ema_decay is None else 4 * trained // share
     on_host = settings.ema_device == "cpu"
-    activations = _activations(training, settings, at_once)
+    activations = _activations(training, settings, at_once, shape)
     return Memory(
         weights=4 * (network.weights + adapters) // share,
         gradients=gradients,
@@ -138,7 +140,7 @@ def memory_of(training: Training, settings: TrainSettings, shape: Shape, *, num_
         frozen=frozen,
         gathered=gathered,
         activations=activations,
-        inputs=_input_bytes(shape, training.reads) * (rows + at_once),
+        inputs=_input_bytes(shape, training.reads) * (rows + at_once) + _made_bytes(training, shape) * at_once,
         reserve=RESERVE_BYTES + round(FRAGMENTATION * (activations + gathered)),
         host_average=2 * averaged if on_host else 0,
     )
@@ -162,22 +164,40 @@ def _gathered(network: Sizes, *, with_gradients: bool) -> int:
     return 4 * (network.outside + around * network.around + units * network.largest_unit)
 
 
-def _activations(training: Training, settings: TrainSettings, rows: int) -> int:
+def encoders_in_bfloat16(training: Training, settings: TrainSettings) -> bool:
+    """Return whether the frozen VAE and text encoders of a training compute in bfloat16."""
+    return training.bfloat16_encoders or settings.frozen_dtype == "bfloat16"
+
+
+def _activations(training: Training, settings: TrainSettings, rows: int, shape: Shape) -> int:
     bfloat16 = is_bfloat16(settings)
     footprint = training_pass(training.network, bfloat16=bfloat16, checkpointing=settings.gradient_checkpointing)
     of_student = footprint.peak_bytes(rows * training.rows)
     if training.features is not None:  # its activations are there while the student's still are
         of_student += training_pass(training.features, bfloat16=bfloat16, checkpointing=False).peak_bytes(rows)
-    if training.teacher is None:
-        return of_student
-    of_teacher = forward_pass(training.teacher, bfloat16=bfloat16).peak_bytes(rows * training.teacher_rows)
-    return max(of_student, of_teacher)
+    # One after the other: latents of the micro-batch, a few pictures at a time, the teacher's targets, the student.
+    of_vae = of_teacher = 0
+    if training.vae is not None:
+        pictures = min(rows, pictures_at_once(shape.resolution, shape.resolution))
+        encoding = forward_pass(training.vae, bfloat16=encoders_in_bfloat16(training, settings))
+        of_vae = encoding.peak_bytes(pictures)
+    if training.teacher is not None:
+        of_teacher = forward_pass(training.teacher, bfloat16=bfloat16).peak_bytes(rows * training.teacher_rows)
+    return max(of_vae, of_teacher, of_student)
 
 
 def _input_bytes(shape: Shape, reads: str) -> int:
     """Return the bytes of a sample as the device gets it."""
     if reads == "pictures":
-        return 3 * shape.resolution**2
+        return shape.pixel_bytes
     told = {} if reads == "latents_alone" else shape.conditions
     conditions = sum(prod(size) * (8 if name in WHOLE_NUMBERS else 2) for name, size in told.items())
     return 2 * 2 * prod(shape.sample_shape) + conditions
+
+
+def _made_bytes(training: Training, shape: Shape) -> int:
+    """Return the bytes of what a training's own encoders make of a sample, float32: latents and condition."""
+    if training.vae is None:
+        return 0
+    made = [size for name, size in shape.conditions.items() if name not in WHOLE_NUMBERS]
+    return 4 * (2 * prod(shape.sample_shape) + sum(map(prod, made)))

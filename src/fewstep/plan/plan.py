@@ -8,7 +8,15 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.plan.gpus import Gpu, find_gpu
-from fewstep.plan.memory import MEMORY_ERROR, Memory, is_bfloat16, memory_of, memory_of_passes, rows_per_worker
+from fewstep.plan.memory import (
+    MEMORY_ERROR,
+    Memory,
+    encoders_in_bfloat16,
+    is_bfloat16,
+    memory_of,
+    memory_of_passes,
+    rows_per_worker,
+)
 from fewstep.plan.network import Network, forward_pass, sizes, training_pass
 from fewstep.plan.shapes import Shape
 from fewstep.plan.switches import Switches, what_would_fit
@@ -248,7 +256,9 @@ class _Planner:
             rows_per_worker(settings, self.num_workers)
         except FewstepError as error:
             raise FewstepError(f"{training.stage}, {training.name}: {error}") from None
-        flops = update_flops(training)
+        flops, of_encoders = update_flops(training), encoding_flops(training)
+        seconds_each = (flops - of_encoders) / self._speed(bfloat16=bfloat16)
+        seconds_each += of_encoders / self._speed(bfloat16=encoders_in_bfloat16(training, settings))
         samples = settings.updates * settings.global_batch_size
         memory = memory_of(training, settings, self.shape, num_workers=self.num_workers)
         switches: list[Switches] = []
@@ -268,7 +278,7 @@ class _Planner:
             samples=samples,
             flops=flops,
             num_gpus=self.num_workers,
-            gpu_seconds=samples * flops / self._speed(bfloat16=bfloat16),
+            gpu_seconds=samples * seconds_each,
             read_bytes=self._read(samples, self.sample_bytes.read(training.reads)),
             written_bytes=checkpoint_bytes(training) * checkpoints_written(training) + exported,
             stored_bytes=exported + (kept if settings.keep_checkpoints_when_done else 0),
@@ -282,17 +292,11 @@ class _Planner:
     def _passes(self, passes: Passes) -> Step:
         samples = self.num_samples if passes.samples is None else passes.samples
         flops = sum(forward_pass(network, bfloat16=False).flops * count for network, count in passes.each)
-        encodes = passes.samples is None
-        alone = passes.stage == "teacher"
-        stored = self.sample_bytes.latents
-        if alone:
-            stored = self.sample_bytes.latents_alone
-        elif not self.recipe.encode.store_text:
-            stored = self.sample_bytes.latents_without_text
+        stored = samples * self._stored_of_sample(passes)
         settings = self.recipe.encode
-        in_cluster = passes.stage == "encode" and self.recipe.cluster.use_gpu is not False
+        encodes_on_gpu = passes.stage == "encode" and self.recipe.cluster.use_gpu is not False
         num_gpus = 1
-        if in_cluster:
+        if encodes_on_gpu and passes.samples is None:
             num_gpus = self.num_workers if settings.encoders == "auto" else settings.encoders
         return Step(
             stage=passes.stage,
@@ -301,15 +305,25 @@ class _Planner:
             samples=samples,
             flops=flops,
             num_gpus=num_gpus,
-            gpu_seconds=samples * flops / self._speed(bfloat16=in_cluster and settings.precision == "bfloat16"),
+            gpu_seconds=samples * flops / self._speed(bfloat16=encodes_on_gpu and settings.precision == "bfloat16"),
             read_bytes=samples * self.sample_bytes.picture,
             sample_bytes=self.sample_bytes.picture,
             reads_pictures=True,
-            written_bytes=samples * stored if encodes else 0,
-            stored_bytes=samples * stored if encodes else 0,
+            written_bytes=stored,
+            stored_bytes=stored,
             memory=memory_of_passes(passes),
             batch_key=passes.batch_key,
         )
+
+    def _stored_of_sample(self, passes: Passes) -> int:
+        if passes.stage == "evaluate":
+            return 0
+        if passes.stage == "teacher":
+            return self.sample_bytes.latents_alone
+        held_out = passes.samples is not None
+        if held_out or self.recipe.encode.store_text:
+            return self.sample_bytes.latents
+        return self.sample_bytes.latents_without_text
 
     def _read(self, samples: int, each: int) -> int:
         all_bytes = self.num_samples * each
@@ -321,8 +335,8 @@ class _Planner:
 
 
 def update_flops(training: Training) -> float:
-    """Return the FLOPs of one sample in an update: teacher's passes, student's forward and backward pass, and with
-    gradient checkpointing what is computed again."""
+    """Return the FLOPs of one sample in an update: teacher's passes, student's forward and backward pass, with
+    gradient checkpointing what is computed again, and what `encoding_flops` counts."""
     settings = training.settings
     bfloat16 = is_bfloat16(settings)
     trained = training_pass(training.network, bfloat16=bfloat16, checkpointing=settings.gradient_checkpointing).flops
@@ -333,9 +347,19 @@ def update_flops(training: Training) -> float:
     if training.teacher is not None:
         calls = training.teacher_calls * training.teacher_rows
         flops += calls * forward_pass(training.teacher, bfloat16=bfloat16).flops
-    if training.text is not None:
-        flops += forward_pass(training.text, bfloat16=False).flops
+    flops += encoding_flops(training)
     if training.features is not None:
         # Of the target; of the output; and back to it, but not to the frozen weights.
         flops += 3 * forward_pass(training.features, bfloat16=bfloat16).flops
+    return flops
+
+
+def encoding_flops(training: Training) -> float:
+    """Return the FLOPs of one sample's forward passes of the frozen VAE and text encoders in an update, which compute
+    in a precision of their own; 0 where shards hold latents and embeddings."""
+    flops = 0.0
+    if training.text is not None:
+        flops += forward_pass(training.text, bfloat16=False).flops
+    if training.vae is not None:
+        flops += training.vae_pictures * forward_pass(training.vae, bfloat16=False).flops
     return flops

@@ -74,6 +74,12 @@ class Shape:
         return side if self.vae is None else side * 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a sample's picture when it is decoded, uint8; with its hole, a byte a pixel, for inpainting."""
+        planes = 4 if "masked_latents" in self.conditions else 3
+        return planes * self.resolution**2
+
+    @property
     def attended(self) -> tuple[int, int] | None:
         """(tokens, width) of what the network attends to; None when it does not."""
         blocks = [*self.network.get("down_block_types", ()), str(self.network.get("mid_block_type", _CROSS))]

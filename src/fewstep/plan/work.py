@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fewstep.distill.jumps import plan_jumps
 from fewstep.distill.settings import LadderKind, student_kind, student_label
@@ -34,6 +35,9 @@ class Training:
         features: what compares outputs instead of the mean square (error: features): the teacher's encoder.
         adapters: the adapters that alone are trained; None: the whole network is.
         text: the frozen text encoders that make the embeddings of each sample; None: the shards hold them.
+        vae: the frozen VAE that makes the latents of each sample; None: the shards hold them, or there are none.
+        vae_pictures: pictures that it encodes for a sample: 2 for inpainting, with and without the hole.
+        bfloat16_encoders: whether VAE and text encoders run under autocast (encode.precision).
         reads: "latents", "pictures", "latents_without_text", or "latents_alone" (without any condition).
         group_rows: rows of one shape, which a micro-batch must divide; None: all are of one.
     """
@@ -49,6 +53,9 @@ class Training:
     features: Network | None = None
     adapters: LoraSettings | None = None
     text: Network | None = None
+    vae: Network | None = None
+    vae_pictures: int = 0
+    bfloat16_encoders: bool = False
     reads: str = "latents"
     group_rows: int | None = None
 
@@ -100,15 +107,29 @@ def work_of(recipe: Recipe, shape: Shape) -> list[Work]:
     if recipe.encode.buckets is not None and shape.vae is not None and "encode" in recipe.stages:
         # Rows of a micro-batch have one shape, so it is a stream's group where the recipe does not say less.
         work = [_in_groups(each, recipe.stream.num_streams) for each in work]
-    if recipe.encode.store_text or not shape.text_encoders or "encode" not in recipe.stages:
-        return work
-    text = Network.of(shape, "text_encoders")
+    changes = _made_in_training(recipe, shape)
     return [
-        replace(each, text=text, reads="latents_without_text")
-        if isinstance(each, Training) and each.stage != "teacher"
-        else each
-        for each in work
+        replace(each, **changes) if isinstance(each, Training) and each.stage != "teacher" else each for each in work
     ]
+
+
+def _made_in_training(recipe: Recipe, shape: Shape) -> dict[str, Any]:
+    """Return the fields of a training in which it differs from one whose shards hold latents and embeddings."""
+    settings = recipe.encode
+    if "encode" not in recipe.stages:
+        return {}
+    text = Network.of(shape, "text_encoders") if shape.text_encoders else None
+    if shape.vae is not None and not settings.store_latents:
+        return {
+            "reads": "pictures",
+            "text": text,
+            "vae": Network.of(shape, "vae_encoder"),
+            "vae_pictures": _pictures_of_a_sample(shape),
+            "bfloat16_encoders": settings.precision == "bfloat16",
+        }
+    if text is not None and not settings.store_text:
+        return {"reads": "latents_without_text", "text": text}
+    return {}
 
 
 def _in_groups(work: Work, num_streams: int) -> Work:
@@ -189,12 +210,28 @@ def _teacher_calls(settings: ProgressiveStage, ladder: LadderKind, steps: int) -
 def _encode(recipe: Recipe, shape: Shape) -> Iterator[Passes]:
     if shape.vae is None:
         return
-    # An inpainting model also gets the latents of the picture with its hole.
-    pictures = 2.0 if "masked_latents" in shape.conditions else 1.0
-    encoders = [(Network.of(shape, "vae_encoder"), pictures)]
+    encoders = [(Network.of(shape, "vae_encoder"), float(_pictures_of_a_sample(shape)))]
     if shape.text_encoders:
         encoders.append((Network.of(shape, "text_encoders"), 1.0))
-    yield _encoding(recipe, shape, "encode", "encode", encoders)
+    if recipe.encode.store_latents:
+        yield _encoding(recipe, shape, "encode", "encode", encoders)
+    else:
+        yield replace(
+            _encoding(recipe, shape, "encode", "held-out pictures", encoders), samples=_held_out_samples(recipe)
+        )
+
+
+def _pictures_of_a_sample(shape: Shape) -> int:
+    # An inpainting model also gets the latents of the picture with its hole.
+    return 2 if "masked_latents" in shape.conditions else 1
+
+
+def _held_out_samples(recipe: Recipe) -> int:
+    """Return how many pictures are held out; of shards that the recipe names, as many as are judged, an assumption."""
+    prepared = recipe.prepare or recipe.prepare_classes or recipe.prepare_metadata
+    if prepared is None or recipe.data.evaluate is not None:
+        return recipe.evaluate.num_prompts
+    return prepared.num_evaluate
 
 
 def _encoding(

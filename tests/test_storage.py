@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import http.server
-import io
 import pickle
 import re
 import shutil
@@ -15,14 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import ClientError
 from pydantic import ValidationError
 
 from fewstep.errors import StorageError
 from fewstep.storage import ObjectNotFoundError, Storage, StorageSettings, join, open_storage
 from fewstep.storage.embedded import Credentials
-from fewstep.storage.faults import Place, disk_error
-from fewstep.storage.object_range import read_range
+from fewstep.storage.faults import disk_error
 
 LOCAL = Storage(StorageSettings())
 
@@ -309,50 +306,3 @@ def test_pickle_carries_no_client() -> None:
     assert (again.root, again.endpoint_url, again.settings) == ("s3://models/a", "http://host:9000", storage.settings)
     assert again.environment() == storage.environment()
     assert "AWS_SECRET_ACCESS_KEY" not in storage.environment()
-
-
-def test_a_range_is_read_from_any_body() -> None:
-    """One that a library wraps, as to look at checksums, is read through what it wraps it in."""
-    data, asked = bytes(range(256)) * 10_000, []
-
-    def get(extra: dict[str, str]) -> dict[str, object]:
-        asked.append(extra)
-        begin = int(extra["Range"].removeprefix("bytes=").split("-")[0])
-        body = io.BytesIO(data[begin : begin + 1_500_000])  # each answer is cut short there
-        said = {"ContentRange": f"bytes {begin}-{len(data) - 1}/{len(data)}", "ETag": '"x"', "Body": body}
-        return {"ResponseMetadata": {"HTTPStatusCode": 206}, **said}
-
-    limits, place = StorageSettings(retry_base_s=0.01), Place("there", "b")
-    found = read_range(get, 100, len(data), etag=None, what="read it", limits=limits, place=place)
-    assert bytes(found.data) == data[100:]
-    assert [extra["Range"] for extra in asked] == ["bytes=100-2559999", "bytes=1500100-2559999"]
-    assert asked[1]["IfMatch"] == '"x"'
-
-
-@pytest.mark.parametrize(
-    "said",
-    [{"ContentRange": "bytes 1000-2999/3000"}, {"ContentRange": "bytes 1000-999/1000"}, {"ETag": '"y"'}],
-)
-def test_an_object_that_changes_under_a_read_is_told_where_the_server_does_not(said: dict[str, str]) -> None:
-    answers = [{"ContentRange": "bytes 0-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000))}]
-    answers += [{"ContentRange": "bytes 1000-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000)), **said}]
-
-    def get(extra: dict[str, str]) -> dict[str, object]:
-        return {"ResponseMetadata": {"HTTPStatusCode": 206}, **answers.pop(0)}
-
-    limits, place = StorageSettings(retry_base_s=0.01), Place("there", "b")
-    with pytest.raises(StorageError, match="written again while it was read"):
-        read_range(get, 0, 2000, etag=None, what="read it", limits=limits, place=place)
-
-
-def test_an_object_that_ends_before_what_was_read_has_changed() -> None:
-    answers = [{"ContentRange": "bytes 0-1999/2000", "ETag": '"x"', "Body": io.BytesIO(bytes(1000))}]
-
-    def get(extra: dict[str, str]) -> dict[str, object]:
-        if not answers:
-            raise ClientError({"Error": {"Code": "InvalidRange"}}, "GetObject")
-        return {"ResponseMetadata": {"HTTPStatusCode": 206}, **answers.pop(0)}
-
-    limits, place = StorageSettings(retry_base_s=0.01), Place("there", "b")
-    with pytest.raises(StorageError, match="written again while it was read"):
-        read_range(get, 0, 2000, etag=None, what="read it", limits=limits, place=place)

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import tarfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from fewstep.data.sample import BadSampleError
 from fewstep.data.shards import read_index, write_metadata, write_shards
 from fewstep.data.source import iterate_samples
 from fewstep.errors import DataError, StorageError
-from fewstep.storage import Storage, StorageSettings
+from fewstep.storage import ObjectInfo, Storage, StorageSettings
 
 LOCAL = Storage(StorageSettings())
 
@@ -114,6 +115,56 @@ def test_folder_of_img2dataset_without_index(tmp_path: Path) -> None:
         (tmp_path / f"{number:05d}.parquet").write_bytes(b"not read")
     index = read_index(str(tmp_path), storage=LOCAL)
     assert [shard.num_samples for shard in index.shards] == [3, 3, 1]
+
+
+class ListedStorage(Storage):
+    """Lists names that are nowhere, and counts how many of what it listed are held at most at any time."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(StorageSettings())
+        self.names, self.held, self.held_at_most = names, 0, 0
+        self.read: set[str] = set()
+
+    def exists(self, uri: str) -> bool:
+        return False
+
+    def list(self, uri: str) -> Iterator[ObjectInfo]:
+        for name in self.names:
+            info = ObjectInfo(f"{uri}/{name}", 1024, f"etag of {name}")
+            self.held += 1
+            self.held_at_most = max(self.held, self.held_at_most)
+            weakref.finalize(info, self._let_go)
+            yield info
+
+    def read_json(self, uri: str) -> Any:
+        self.read.add(uri)
+        if "bad" in uri:
+            raise StorageError(f"read {uri}: not JSON")
+        return {"successes": len(self.read)}
+
+    def _let_go(self) -> None:
+        self.held -= 1
+
+
+def test_a_listing_of_many_shards_is_not_held(tmp_path: Path) -> None:
+    tars = [f"{number:05d}.tar" for number in range(2500)]
+    stats = [f"{number:05d}_stats.json" for number in range(0, 2500, 50)]
+    storage = ListedStorage(sorted([*tars, *stats]))
+    shards = read_index("s3://bucket/a", storage=storage).shards
+    assert storage.held_at_most < 10
+    assert [shard.uri for shard in shards] == [f"s3://bucket/a/{name}" for name in tars]
+    assert [number for number, shard in enumerate(shards) if shard.num_samples] == list(range(0, 2500, 50))
+    assert storage.read == {f"s3://bucket/a/{name}" for name in stats}
+    assert {shard.size_bytes for shard in shards} == {1024}
+    assert shards[7].etag == shards[7].fingerprint == "etag of 00007.tar"
+
+
+def test_of_many_damaged_statistics_the_first_is_said() -> None:
+    names = [f"{number:04d}bad{end}" for number in range(1200) for end in (".tar", "_stats.json")]
+    with pytest.raises(StorageError, match=r"0000bad_stats\.json"):
+        read_index("s3://bucket/a", storage=ListedStorage(names))
+    with pytest.raises(DataError, match="cut short"):
+        read_index("s3://bucket/a", storage=ListedStorage([*names, ".writing"]))
 
 
 def test_index_that_is_missing_or_damaged_is_said(tmp_path: Path) -> None:

@@ -12,19 +12,19 @@ import itertools
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fewstep.errors import DataError
-from fewstep.storage import ObjectInfo, Storage, join
+from fewstep.storage import Storage, join
 
 _INDEX = "index.json"
 _WRITING = ".writing"
 _STATS = "_stats.json"
-_STATS_AT_ONCE = 32
+_STATS_AT_ONCE, _SHARDS_AT_ONCE = 32, 1000
 _SAMPLED_PLACES, _SAMPLED_BYTES = 16, 1 << 12
 
 
@@ -144,36 +144,39 @@ def read_index(uri: str, *, storage: Storage) -> ShardIndex:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{join(uri, _INDEX)} is damaged ({error!r}). Write the shards again.") from error
         return index
-    tars: list[ObjectInfo] = []
+    # There may be a million: each is held once, and few wait for their statistics at a time.
+    found: list[Shard] = []
     with_stats: set[str] = set()
     for info in storage.list(uri):
         if info.uri == join(uri, _WRITING):
             raise DataError(f"The writing of the shards in {uri} was cut short. Run the stage that writes them again.")
         if info.uri.endswith(".tar"):
-            tars.append(info)
+            found.append(Shard(info.uri, None, info.size_bytes, info.etag, info.etag))
         elif info.uri.endswith(_STATS):
             with_stats.add(info.uri)
 
-    def shard_of(info: ObjectInfo) -> Shard:
-        stats = info.uri.removesuffix(".tar") + _STATS
+    def completed(shard: Shard) -> Shard:
+        stats = shard.uri.removesuffix(".tar") + _STATS
         count = storage.read_json(stats).get("successes") if stats in with_stats else None
-        return Shard(info.uri, count, info.size_bytes, info.etag or _sampled_digest(info, storage), info.etag)
+        return replace(shard, num_samples=count, fingerprint=shard.etag or _sampled_digest(shard, storage))
 
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        found = list(pool.map(shard_of, tars))
+        for first in range(0, len(found), _SHARDS_AT_ONCE):
+            some = slice(first, first + _SHARDS_AT_ONCE)
+            found[some] = pool.map(completed, found[some])
     if not found:
         raise DataError(f"There are no shards (*.tar) in {uri}. Check the address, or run the prepare stage first.")
     return ShardIndex(tuple(found))
 
 
-def _sampled_digest(info: ObjectInfo, storage: Storage) -> str:
+def _sampled_digest(shard: Shard, storage: Storage) -> str:
     """Return a digest of the size of a local tar and of some of its bytes: what stands for it where nobody made an
     index. All of them may be more than a machine can read before each run."""
-    total = hashlib.sha256(str(info.size_bytes).encode())
+    total = hashlib.sha256(str(shard.size_bytes).encode())
     for number in range(_SAMPLED_PLACES):
-        start = info.size_bytes * number // _SAMPLED_PLACES
-        if start < info.size_bytes:
-            total.update(storage.read_range(info.uri, start, start + _SAMPLED_BYTES).data)
+        start = shard.size_bytes * number // _SAMPLED_PLACES
+        if start < shard.size_bytes:
+            total.update(storage.read_range(shard.uri, start, start + _SAMPLED_BYTES).data)
     return total.hexdigest()
 
 

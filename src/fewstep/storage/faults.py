@@ -46,7 +46,7 @@ class ObjectNotFoundError(StorageError):
 
 
 class ObjectChangedError(StorageError):
-    """An object that was written again while it was being read."""
+    """An object that was written again while it was being read, or since it was listed."""
 
 
 @dataclass(frozen=True)

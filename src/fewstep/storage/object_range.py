@@ -13,9 +13,10 @@ from botocore.response import StreamingBody
 
 from fewstep.errors import StorageError
 from fewstep.storage.faults import Backoff, ObjectChangedError, Place, RetryLimits, error_code, final_error, is_passing
-from fewstep.storage.pace import at_pace
+from fewstep.storage.pace import TooSlowError, at_pace
 
 _CHUNK_BYTES = 1 << 20
+_STEP_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def read_range(
 ) -> ObjectRange:
     """Return the bytes `start` to `end` (not included) of an object.
 
-    When the connection breaks, the next one starts at the byte reached. Each byte that arrives starts the count of
-    tries anew.
+    When the connection breaks, the next one starts near the byte reached: of what had come, less than 1 MiB at the
+    first break and less than 64 KiB at each further one is asked for again. What is kept starts the count of tries
+    anew, unless it came more slowly than it must.
 
     Args:
         get: S3's GetObject with extra request headers.
@@ -66,38 +68,51 @@ def read_range(
         StorageError: it cannot be read in all tries.
     """
     data, reached, size_bytes = empty_buffer(0), 0, end
-    backoff = Backoff(limits)
+    backoff, step_bytes = Backoff(limits), _CHUNK_BYTES
     body: Any = None
     try:
         while start + reached < min(end, size_bytes):
+            before = reached
             try:
                 if body is None:
                     answer = _ask(get, start + reached, end, etag)
                     if answer is None and not reached:  # the object ends before the range begins
-                        return ObjectRange(empty_buffer(0), 0, etag or "")
+                        return ObjectRange(empty_buffer(0), 0, _plain(etag))
+                    found_bytes = 0
+                    if answer is not None:
+                        body = answer["Body"]
+                        found_bytes = _whole_size(answer, start + reached, what=what, place=place)
                     # IfMatch asks for it, but not every server looks at that.
-                    if answer is None:
-                        raise ObjectChangedError(f"{what}: it was written again while it was read. Try again")
-                    body = answer["Body"]
-                    found_bytes = _whole_size(answer, start + reached, what=what, place=place)
-                    if reached and (found_bytes != size_bytes or _plain(answer["ETag"]) != _plain(etag)):
-                        raise ObjectChangedError(f"{what}: it was written again while it was read. Try again")
+                    if (
+                        answer is None
+                        or (etag and _plain(answer["ETag"]) != _plain(etag))
+                        or (reached and found_bytes != size_bytes)
+                    ):
+                        raise ObjectChangedError(
+                            f"{what}: the object was written again meanwhile. Read it again from the start."
+                        )
                     size_bytes, etag = found_bytes, answer["ETag"]
                     if not reached:
                         data = empty_buffer(max(0, min(end, size_bytes) - start))
-                wanted = min(_CHUNK_BYTES, len(data) - reached)
+                until = min(reached + _CHUNK_BYTES, len(data))
                 with at_pace(
-                    body, wanted, read_timeout_s=limits.read_timeout_s, min_bytes_per_s=limits.read_min_bytes_per_s
-                ):
-                    got = _read_into(body, data[reached : reached + wanted])
-                if not got and wanted:
-                    raise ConnectionError(f"the connection ended {len(data) - reached} bytes early")
-                reached += got
-                if backoff.attempts > 1:
-                    backoff = Backoff(limits)
+                    body, until - reached, read_timeout_s=limits.read_timeout_s,
+                    min_bytes_per_s=limits.read_min_bytes_per_s,
+                ):  # fmt: skip
+                    while reached < until:
+                        got = _read_into(body, data[reached : min(reached + step_bytes, until)])
+                        if not got:
+                            raise ConnectionError(f"the connection ended {len(data) - reached} bytes early")
+                        reached += got
+                backoff = Backoff(limits)
             except Exception as error:
                 _close(body)
                 body = None
+                # A read that breaks does not say how much of it had come: that much is lost, so less is read at once.
+                step_bytes = _STEP_BYTES
+                # A connection that trickles would be tried for days if its bytes counted.
+                if reached > before and not isinstance(error, TooSlowError):
+                    backoff = Backoff(limits)
                 if is_passing(error) and backoff.wait(error, what=f"{what} at byte {start + reached}"):
                     continue
                 said = final_error(error, what=what, place=place, backoff=backoff)
@@ -114,7 +129,7 @@ def _ask(
 ) -> dict[str, Any] | None:
     extra = {"Range": f"bytes={start}-{end - 1}"}
     if etag:
-        extra["IfMatch"] = etag if etag.startswith('"') else f'"{etag}"'
+        extra["IfMatch"] = f'"{_plain(etag)}"'
     try:
         return get(extra)
     except ClientError as error:
@@ -124,7 +139,8 @@ def _ask(
 
 
 def _plain(etag: str | None) -> str:
-    return (etag or "").strip('"')
+    # Proxies that may compress answers mark the store's ETag as weak (W/).
+    return (etag or "").removeprefix("W/").strip('"')
 
 
 def _whole_size(answer: dict[str, Any], position: int, *, what: str, place: Place) -> int:

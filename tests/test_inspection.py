@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fewstep.cli import main
 from fewstep.data.shards import write_shards
+from fewstep.inspection import inspect_data
 from fewstep.storage import Storage, StorageSettings
 
 LOCAL = Storage(StorageSettings())
@@ -75,6 +77,22 @@ def test_everything_that_is_there_is_said(shards: Path, tmp_path: Path) -> None:
     assert "http://" not in page
     assert "looked at 40 samples in 4 shards" in result.output
     assert "1 × broken picture, 1 × no caption" in result.output
+
+
+def test_shards_in_s3_are_told_as_those_on_disk(
+    shards: Path, storage: Storage, bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.upload_folder(shards, bucket_uri)
+    monkeypatch.setattr("fewstep.inspection.open_storage", lambda settings: nullcontext(storage))
+    found = []
+    for name, uri in (("disk", str(shards)), ("s3", bucket_uri)):
+        inspect_data(uri, tmp_path / name)
+        facts = json.loads((tmp_path / name / "inspect.json").read_text())
+        worst = {shard.removeprefix(f"{uri}/"): count for shard, count in facts.pop("worst_shards").items()}
+        found.append((worst, {key: value for key, value in facts.items() if key != "uri"}))
+    assert found[1] == found[0]
+    pictures = [(tmp_path / name / "contact.png").read_bytes() for name in ("disk", "s3")]
+    assert pictures[1] == pictures[0]
 
 
 def test_filters_of_the_recipe_are_applied_and_counted(shards: Path, tmp_path: Path) -> None:

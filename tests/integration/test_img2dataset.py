@@ -141,6 +141,7 @@ def fill(web: Web) -> None:
         web.add(f"/missing-{number}.jpg", "HTTP 404", lambda request: send(request, 404))
     for number in range(2):
         web.add(f"/down-{number}.jpg", "HTTP 503", lambda request: send(request, 503))
+    web.add("/later.jpg", "HTTP 429", lambda request: send(request, 429, Retry_After="120"))
     jpeg, out = encoded((100, 100)), "opted out by X-Robots-Tag"
     web.add_picture("/noai.jpg", out, jpeg, X_Robots_Tag="noai")
     web.add_picture("/noindex.jpg", out, jpeg, X_Robots_Tag="nofollow, NoImageIndex")
@@ -306,6 +307,7 @@ def test_servers_are_told_who_asks_and_are_not_asked_more_than_was_said(web: Web
     asked |= {"/busy.jpg": 4, "/reduced.jpg": 4}  # again after 503, and where another was moved to
     resized = {"image too small", "image area too large", "aspect ratio too large", "broken picture"}
     asked |= {path: 2 for path, becomes in paths(web) if becomes in resized}
+    asked |= {"/later.jpg": 2}  # no second try, as that would be before the time that the server named
     assert dict(web.asked) == asked
 
 

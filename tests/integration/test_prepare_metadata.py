@@ -20,6 +20,7 @@ from PIL import Image
 
 from fewstep.cli import main
 from fewstep.data.counts import SampleCounts
+from fewstep.data.metadata.selection import Part
 from fewstep.data.samples import FieldFilter
 from fewstep.data.shards import read_index
 from fewstep.data.source import iterate_samples
@@ -319,6 +320,37 @@ def test_records_of_other_rows_do_not_count(facts: dict[str, Any], recipe: Recip
     assert len(web.asked) == own[0].num_rows
     assert done.facts == facts["alignment"]
     assert storage.read_json(record)["part"] == own[0].digest
+
+
+def test_a_run_that_goes_on_with_other_captions_keeps_no_picture_with_an_old_one(
+    recipe: Recipe, storage: Storage, bucket_uri: str, web: Any, tmp_path: Path
+) -> None:
+    assert recipe.prepare_metadata is not None
+    settings = recipe.prepare_metadata.model_copy(
+        update={"source": str(tmp_path), "columns": {"url": "URL", "caption": "TEXT"}, "filters": (),
+                "num_evaluate": 0, "num_alignment": 0, "rows_per_shard": 10, "rows_per_task": 1000}
+    )  # fmt: skip
+    numbers = [number for number in range(24) if number % 5]
+    parts: list[Part] = []
+
+    def prepare(caption: str, *, num_parts: int | None = None) -> None:
+        texts = [f"{caption} {number}" for number in numbers]
+        pq.write_table(pa.table({"URL": [f"{web.url}/{number}.jpg" for number in numbers], "TEXT": texts}),
+                       tmp_path / "rows.parquet")  # fmt: skip
+        parts[:] = select_rows(settings, splits=("train",), storage=storage, cluster=recipe.cluster).parts
+        download_split(
+            parts[:num_parts], bucket_uri, settings=settings, storage=storage, cluster=recipe.cluster, label=caption
+        )
+
+    prepare("old", num_parts=1)
+    assert len(parts) == 2
+    web.asked.clear()
+    prepare("new")
+    assert len(web.asked) == len(numbers)
+    assert {sample["caption"] for sample in samples(bucket_uri, storage)} == {f"new {number}" for number in numbers}
+    web.asked.clear()
+    prepare("new")
+    assert not web.asked
 
 
 def test_which_rows_are_held_out_is_part_of_their_address(recipe: Recipe) -> None:

@@ -96,17 +96,20 @@ def prepare_metadata(context: StageContext, settings: MetadataSettings) -> dict[
         uri = shards_uri(context.recipe, storage, split)
         done = download_split(
             parts, uri, settings=settings, storage=storage, cluster=cluster, label=f"download {split}",
-            log=partial(_log_download, split, context.run),
+            log=partial(_log_download, split, len(parts), context.run),
         )  # fmt: skip
         facts[split] = done.facts
         report["splits"][split] = {"attempted": done.attempted, "failures": done.failures}
+        of_split: dict[str, float] = {
+            f"{split}_attempted": done.attempted, f"{split}_samples": done.facts["num_samples"]
+        }  # fmt: skip
+        of_split |= {figure_name(f"{split}_failed", reason): count for reason, count in done.failures.items()}
+        # MLflow shows the value of the highest step, and running figures of the same names are at lower ones.
+        context.run.log_metrics(of_split, step=len(parts))
     for line in report_lines(report):
         logger.info("%s", line)
     figures: dict[str, float] = {"rows": counts.rows, "rows_not_read": counts.not_read, "rows_left": counts.left}
     figures |= {figure_name("removed", reason): count for reason, count in counts.removed.items()}
-    for split, each in report["splits"].items():
-        figures |= {f"{split}_attempted": each["attempted"], f"{split}_samples": facts[split]["num_samples"]}
-        figures |= {figure_name(f"{split}_failed", reason): count for reason, count in each["failures"].items()}
     context.run.log_metrics(figures)
     context.run.set_tags({f"fewstep.{split}_digest": facts[split]["digest"] for split in splits})
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +210,7 @@ def download_split(
 ) -> DownloadedSplit:
     """Download the pictures of the parts of a split into shards below `target`, and write their index.
 
-    `log` is told of all parts that are done, each time that one is.
+    `log` is told of all parts that are done, each time that one is, and of all when nothing was left to do.
 
     Raises:
         DataError: img2dataset is not installed or dies, or no picture could be had.
@@ -216,7 +219,8 @@ def download_split(
     there = {info.uri for info in storage.list(join(target, "records"))}
     known = [number for number, uri in enumerate(uris) if uri in there]
     found = dict(zip(known, _load_all(DownloadedPart, [uris[number] for number in known], storage), strict=True))
-    # The source may have changed since a run that was stopped: a part of the same name has other rows then.
+    # The source may have changed since a run that was stopped: a part of the same name has other rows then, or the same
+    # pictures with other captions.
     found = {number: each for number, each in found.items() if each.part == parts[number].digest}
     missing = [number for number in range(len(parts)) if number not in found]
     done = sum(parts[number].num_rows for number in found)
@@ -228,6 +232,8 @@ def download_split(
         ):  # fmt: skip
             found[missing[number]] = result
             progress.advance(result.attempted)
+            log(found.values())
+        if not missing:
             log(found.values())
     failures: dict[str, int] = {}
     for each in found.values():
@@ -301,10 +307,10 @@ def _load_all(type_: type[T], uris: Sequence[str], storage: Storage) -> list[T]:
         return list(pool.map(lambda uri: load(type_, uri, storage), uris))
 
 
-def _log_download(split: Split, run: Run, parts: Collection[DownloadedPart]) -> None:
-    """Log what came of the parts that are done: after each of the first hundred, then less often."""
+def _log_download(split: Split, num_parts: int, run: Run, parts: Collection[DownloadedPart]) -> None:
+    """Log what came of the parts that are done: after each of the first hundred and the last, else less often."""
     done = len(parts)
-    if done > 100 and done % (done // 100):
+    if 100 < done < num_parts and done % (done // 100):
         return
     came = sum(part.shard["num_samples"] for part in parts if part.shard is not None)
     seconds = sum(part.seconds for part in parts)

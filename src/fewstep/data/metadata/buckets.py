@@ -71,7 +71,7 @@ def gather(spans: Sequence[Span], *, storage: Storage) -> pa.Table | None:
     """Return the rows of all the spans, one after the other; None: there are no spans.
 
     Raises:
-        DataError: a span is not what `deal` stored.
+        DataError: a span is not what `deal` stored, or columns of one name cannot be put together.
     """
     tables = []
     for span in spans:
@@ -84,5 +84,24 @@ def gather(spans: Sequence[Span], *, storage: Storage) -> pa.Table | None:
                 f"{span.uri}, bytes {span.start} to {span.end}, is damaged ({error}): delete the folder that it lies "
                 "in, and run prepare again"
             ) from error
-    # A column may be of whole numbers in one file and, for its gaps, of others in the next.
-    return pa.concat_tables(tables, promote_options="permissive") if tables else None
+    if not tables:
+        return None
+    try:
+        # A column may be of whole numbers in one file and, for its gaps, of others in the next.
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        # Kinds of types were compared before anything was dealt; whole numbers above 2**53 beside others were not.
+        raise DataError(
+            f"prepare_metadata: rows of different files cannot be put together ({error}): {_unlike(tables)}. Write the "
+            "files with one type, or leave the column out of columns and filters"
+        ) from error
+
+
+def _unlike(tables: Sequence[pa.Table]) -> str:
+    types: dict[str, list[str]] = {}
+    for table in tables:
+        for field in table.schema:
+            seen = types.setdefault(field.name, [])
+            if str(field.type) not in seen:
+                seen.append(str(field.type))
+    return "; ".join(f"{name} is of type {' and '.join(seen)}" for name, seen in types.items() if len(seen) > 1)

@@ -71,10 +71,12 @@ class DownloadSettings(BaseModel):
         10.0,
         gt=0,
         description="Seconds to connect, the longest pause within an answer, and the longest that is waited where a "
-        "server is busy (429, 503, Retry-After).",
+        "server is busy (429, 503); an address for which it asks for more (Retry-After) is not tried again.",
     )
     answer_timeout_s: float = Field(60.0, gt=0, description="Seconds for an answer as a whole.")
-    retries: int = Field(1, ge=0, description="Further tries after a failed one, whatever the failure.")
+    retries: int = Field(
+        1, ge=0, description="Further tries after a failed one, whatever the failure (but see timeout_s)."
+    )
     private_addresses: bool = Field(
         False,
         description="Let it connect to addresses that are not public, such as those of the own network: a table from "

@@ -80,7 +80,7 @@ def run_img2dataset(
         max_image_area: pixels of a picture above which it is not decoded.
         private_addresses: whether it may connect to addresses that are not public.
         requests_per_s: of each of its processes; None: no limit.
-        longest_pause_s: bound of what is waited where a server is busy.
+        longest_pause_s: bound of what is waited where a server is busy; an address for which it asks more is given up.
         stall_timeout_s: seconds without progress after which it is killed.
 
     Raises:

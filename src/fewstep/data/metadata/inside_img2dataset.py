@@ -9,7 +9,7 @@ Five things that img2dataset has no options for, each of which would spoil a lar
 - It connects to whatever a table or a redirection names, services within the network and the machine's own included.
   Addresses that are not public are refused.
 - It asks as fast as it can, and again at once where a server says that it is asked too much. Requests are spread over
-  time, and what a server asks for (429, 503, Retry-After) is waited for.
+  time; what a server asks for (429, 503, Retry-After) is waited for, or the address given up.
 - Its processes go on when the one that started them is killed. They end with it.
 
 This runs in another environment than fewstep, so it uses the standard library alone, and OpenCV where that is there.
@@ -17,6 +17,7 @@ This runs in another environment than fewstep, so it uses the standard library a
 
 from __future__ import annotations
 
+import email.utils
 import ipaddress
 import os
 import signal
@@ -78,11 +79,16 @@ def _addresses_of(url: str) -> list[Any]:
 def ask_in_turn(*, per_s: float | None, longest_pause_s: float) -> None:
     """Let requests begin no faster than so many a second, and a thread pause when a server answers 429 or 503.
 
-    It pauses as long as the server says, otherwise a second, but no longer than `longest_pause_s`.
+    It pauses as long as the server says, otherwise a second, but no longer than `longest_pause_s`. Where the server
+    said more, the address is given up: the thread's next tries of it fail with the same answer, without a request.
     """
-    urlopen, lock, turn = urllib.request.urlopen, threading.Lock(), [0.0]
+    urlopen, lock, turn, given_up = urllib.request.urlopen, threading.Lock(), [0.0], threading.local()
 
-    def asked_in_turn(*arguments: Any, **options: Any) -> Any:
+    def asked_in_turn(url: Any, *arguments: Any, **options: Any) -> Any:
+        address = getattr(url, "full_url", url)
+        if address == getattr(given_up, "address", None):
+            code, message, headers = given_up.answer
+            raise urllib.error.HTTPError(address, code, message, headers, None)
         if per_s is not None:
             with lock:
                 now = time.monotonic()
@@ -90,14 +96,28 @@ def ask_in_turn(*, per_s: float | None, longest_pause_s: float) -> None:
                 turn[0] = mine + 1 / per_s
             time.sleep(mine - now)
         try:
-            return urlopen(*arguments, **options)
+            return urlopen(url, *arguments, **options)
         except urllib.error.HTTPError as error:
             if error.code in (429, 503):
-                said = str(error.headers.get("Retry-After", "")).strip()  # or a date, which few send
-                time.sleep(min(float(said) if said.isdigit() else 1.0, longest_pause_s))
+                said_s = _seconds_of(str(error.headers.get("Retry-After", "")).strip())
+                if said_s is not None and said_s > longest_pause_s:
+                    # All tries of an address follow each other in one thread.
+                    given_up.address, given_up.answer = address, (error.code, error.msg, error.headers)
+                time.sleep(min(1.0 if said_s is None else said_s, longest_pause_s))
             raise
 
     urllib.request.urlopen = asked_in_turn
+
+
+def _seconds_of(retry_after: str) -> float | None:
+    """Return the seconds from now that a Retry-After tells, as their number or as a date; None: neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after)
+    try:
+        date = email.utils.parsedate_tz(retry_after)
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    except (ValueError, OverflowError):  # no day of the calendar
+        return None
 
 
 def decode_as_seen() -> None:

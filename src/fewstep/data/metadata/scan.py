@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,10 +134,14 @@ class ParquetSource:
         are read, and the columns checked in each.
 
         Raises:
-            DataError: a file is no parquet file, lacks a column, or a filter does not fit the type of its column.
+            DataError: a file is no parquet file, lacks a column, or a filter does not fit the type of its column; or a
+                column that is kept is of unlike types in two files.
         """
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            return [unit for units in pool.map(self._units, paths) for unit in units]
+            found = list(zip(paths, pool.map(self._units, paths), strict=True))
+        # A file without rows, whose types are often none, clashes with nothing.
+        _check_alike((path, types) for path, (units, types) in found if any(unit.num_rows for unit in units))
+        return [unit for _, (units, _) in found for unit in units]
 
     def scan(self, unit: RowGroups) -> tuple[pa.Table | None, Counts]:
         """Return the rows that pass all filters, with their digests, in the order of the file; None: there are none.
@@ -170,7 +174,8 @@ class ParquetSource:
         read = ds.ParquetFragmentScanOptions(pre_buffer=True)
         return ds.ParquetFileFormat(default_fragment_scan_options=read).make_fragment(path, filesystem=file_system)
 
-    def _units(self, path: str) -> list[RowGroups]:
+    def _units(self, path: str) -> tuple[list[RowGroups], dict[str, pa.DataType]]:
+        """Return the runs of row groups of a file, and the types of the columns that are kept."""
         try:
             fragment = self._open(path)
             schema, groups = fragment.physical_schema, fragment.row_groups
@@ -184,7 +189,7 @@ class ParquetSource:
                 units[-1] = RowGroups(path, last.first, group.id + 1, last.num_rows + group.num_rows)
             else:
                 units.append(RowGroups(path, group.id, group.id + 1, group.num_rows))
-        return units
+        return units, {column: schema.field(column).type for column in self._settings.kept().values()}
 
     def _check(self, path: str, schema: pa.Schema) -> None:
         settings = self._settings
@@ -203,7 +208,10 @@ class ParquetSource:
                 )
         for rule in settings.filters:
             column = settings.column_of(rule.field)
-            check_type(rule, column, schema.field(column).type)
+            try:
+                check_type(rule, column, schema.field(column).type)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
         for name, column in settings.kept().items():
             type_ = schema.field(column).type
             if not _has_json_form(type_):
@@ -320,6 +328,29 @@ def _has_json_form(type_: pa.DataType) -> bool:
     return _is_text(type_) or any(test(type_) for test in tests)
 
 
+def _check_alike(files: Iterable[tuple[str, Mapping[str, pa.DataType]]]) -> None:
+    """Raise a DataError where a column has types in two files whose rows cannot be put together."""
+    first: dict[str, tuple[str, pa.DataType]] = {}
+    for path, types in files:
+        for column, type_ in types.items():
+            if pa.types.is_null(type_):
+                continue
+            before, other = first.setdefault(column, (path, type_))
+            if _kind(type_) != _kind(other):
+                raise DataError(
+                    f"the column {column} is of type {other} in {before} and of type {type_} in {path}, which cannot "
+                    "be put together. Write the files with one type, or leave the column out of "
+                    "prepare_metadata.columns and filters"
+                )
+
+
+def _kind(type_: pa.DataType) -> str:
+    """Return what `_plain` makes of a type that has a form in JSON; times become texts."""
+    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
+        return "number"
+    return "boolean" if pa.types.is_boolean(type_) else "text"
+
+
 def _plain(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:
     """Return a column as a type that JSON has, with 64-bit offsets, so that no number of rows is too many."""
     type_ = column.type
@@ -328,7 +359,8 @@ def _plain(column: pa.ChunkedArray, *, text: bool = False) -> pa.ChunkedArray:
         type_ = column.type
     if text or _is_text(type_):
         return pc.fill_null(pc.cast(column, pa.large_string()), "") if text else pc.cast(column, pa.large_string())
-    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_):
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    if any(test(type_) for test in tests):  # a column of gaps alone takes the type that it has in other files
         return column
     return pc.cast(column, pa.float64() if pa.types.is_decimal(type_) else pa.large_string())
 

@@ -73,17 +73,24 @@ def test_what_was_counted_elsewhere_is_judged_alike(known: dict[str, int]) -> No
 
 def test_runs_that_are_stopped_again_and_again_are_judged_by_what_they_saw() -> None:
     """A tenth of an epoch a life, and a fifth of all shards is gone: never 5 % of the data in one life."""
-    counts = SampleCounts(0.05, dataset_samples=1_000_000)
+    counts = SampleCounts(0.05, dataset_samples=1_000_000, shuffled=True)
     for number in range(19):
         counts.seen += 400  # of four heaps that are there
         lose(counts, f"gone-{number}", 100)
     counts.seen += 400
     with pytest.raises(DataError, match=r"2000 of the 10000 seen so far are lost, in 20 shards, where max_bad_share"):
         lose(counts, "gone-19", 100)
-    fewer = SampleCounts(0.05, dataset_samples=1_000_000)
+    fewer = SampleCounts(0.05, dataset_samples=1_000_000, shuffled=True)
     for number in range(200):  # one in twenty-five
         fewer.seen += 2400
         lose(fewer, f"gone-{number}", 100)
+
+
+def test_a_run_of_lost_shards_in_an_ordered_pass_is_held_against_the_whole() -> None:
+    counts = SampleCounts(0.05, dataset_samples=1_000_000)
+    counts.seen = 88_000
+    for number in range(12):
+        lose(counts, f"gone-{number}", 1000)
 
 
 def test_what_travels_with_a_batch_does_not_grow_with_the_shards() -> None:

@@ -152,6 +152,19 @@ def test_a_shard_that_was_mended_is_encoded_after_all(
     assert [sample["caption"] for sample in _latents(target, storage)] == [f"picture {number}" for number in range(12)]
 
 
+def test_what_a_whole_pass_has_lost_stays_lost(parts: TextToImageParts, storage: Storage, bucket_uri: str) -> None:
+    """Trainings may have begun on its latents, and their order is that of the shards."""
+    source, target = join(bucket_uri, "pictures"), join(bucket_uri, "latents")
+    index = write_shards([_sample(number) for number in range(12)], source, samples_per_shard=4, storage=storage)
+    second = index.shards[1].uri
+    whole = storage.read_bytes(second)
+    storage.delete(second)
+    facts = _encode(source, target, parts, storage, max_bad_share=0.5)
+    assert (facts["num_samples"], facts["skipped"]) == (8, {"shard missing": 4})
+    storage.write_bytes(second, whole)
+    assert _encode(source, target, parts, storage, max_bad_share=0.5) == facts
+
+
 def test_keys_that_cannot_name_files_are_counted_and_others_are_kept(
     parts: TextToImageParts, storage: Storage, bucket_uri: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fewstep.data.samples import NO_RULES
 from fewstep.data.shards import read_index, write_shards
 from fewstep.data.source import iterate_samples
 from fewstep.distill.from_pictures import FromPictures, PictureEncoders
-from fewstep.errors import ModelError
+from fewstep.errors import DataError, ModelError, RecipeError
 from fewstep.models import InpaintingParts, Parts, SDXLParts, load_model
 from fewstep.models.latent import tokenize
 from fewstep.recipe import Recipe, parse_recipe
-from fewstep.stages.batches import SampleFormat
+from fewstep.stages.batches import SampleFormat, format_of_pictures
 from fewstep.stages.context import Artifact
 from fewstep.stages.encode import encoders_digest
 from fewstep.stages.fingerprints import fingerprint
@@ -73,7 +75,8 @@ def losses(artifacts: dict[str, Artifact]) -> list[float]:
     [
         pytest.param(tiny_teacher, {}, id="stable-diffusion"),
         pytest.param(tiny_inpainting, {}, id="inpainting", marks=pytest.mark.long),
-        pytest.param(tiny_sdxl, {"picture_sizes": True, "crop": "random"}, id="sdxl", marks=pytest.mark.long),
+        pytest.param(tiny_sdxl, {}, id="sdxl", marks=pytest.mark.long),
+        pytest.param(tiny_sdxl, {"picture_sizes": True, "crop": "random"}, id="sizes", marks=pytest.mark.long),
     ],
 )
 def test_trainings_are_those_on_stored_latents(
@@ -129,6 +132,52 @@ def test_what_is_made_is_what_encode_stores(make: Callable[[], Parts], monkeypat
     assert set(made) == {*stored, "key", "caption"}
     for name, value in stored.items():
         torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_sdxl_is_told_the_size_of_its_own_pictures(workplace: Workplace, tmp_path: Path) -> None:
+    parts = tiny_sdxl()
+    parts.save(tmp_path / "teacher")
+    format_ = format_of_pictures(
+        parts, str(tmp_path / "teacher"), rules=NO_RULES, crop="center", seed=0, sizes=False, buckets=None, masks=None,
+        precision="float32",
+    )  # fmt: skip
+    read_again = SampleFormat(**json.loads(json.dumps(format_.to_json())))
+    decode = pickle.loads(pickle.dumps(read_again.decoder(fetch=Path)))
+    decoded = decode({"__key__": "a", "png": png(40, 20, 3), "txt": b"wide"})
+    assert format_.group_by is None
+    assert decoded["pixels"].shape == (3, 16, 16)
+    assert torch.equal(decoded["time_ids"], parts.time_ids(1)[0].long())
+
+
+def test_a_teacher_in_pixels_is_told_that_there_is_nothing_to_store(workplace: Workplace, tmp_path: Path) -> None:
+    tiny_class_model().save(tmp_path / "teacher")
+    recipe = recipe_of(tmp_path / "teacher", encode={"store_latents": False}, stages=["prepare", "encode"])
+    run_stage("prepare", recipe, workplace, out=tmp_path)
+    with pytest.raises(RecipeError, match=r"encode\.store_latents=false is for models that diffuse latents"):
+        run_stage("encode", recipe, workplace, out=tmp_path)
+
+
+def test_workers_get_the_list_that_encode_made(workplace: Workplace, tmp_path: Path) -> None:
+    """A folder of tars alone, as img2dataset leaves it: one request for each worker, and the same list for all."""
+    storage, uri = workplace.storage, join(workplace.storage.root, "without-index")
+    write_shards(
+        ({"__key__": f"{n:04d}", "png": png(16, 16, n), "txt": b"a picture"} for n in range(16)),
+        uri, samples_per_shard=8, storage=storage,
+    )  # fmt: skip
+    storage.delete(join(uri, "index.json"))
+    storage.write_json(join(uri, "00000_stats.json"), {"successes": 8})
+    tiny_teacher().save(tmp_path / "teacher")
+    recipe = recipe_of(
+        tmp_path / "teacher", encode={"store_latents": False}, data={"train": uri, "evaluate": uri}, **WITHOUT_PREPARE
+    )
+    facts = run_all(recipe, workplace, tmp_path)["encode"].facts["train"]
+    listed, there = read_index(facts["list"], storage=storage), read_index(uri, storage=storage)
+    assert listed == there
+    assert [shard.num_samples for shard in listed.shards] == [8, None]
+    assert all(shard.etag for shard in listed.shards)
+    storage.write_json(facts["list"], {"shards": []})
+    with pytest.raises(DataError, match=r"\.json is no list of shards"):
+        read_index(facts["list"], storage=storage)
 
 
 def test_a_model_in_pixels_has_nothing_to_encode_with() -> None:
@@ -195,11 +244,10 @@ def test_the_unet_is_no_part_of_what_names_latents(tmp_path: Path) -> None:
     used."""
     for name, teacher in (("one", tiny_teacher(seed=0)), ("other", tiny_teacher(seed=1))):
         teacher.save(tmp_path / name)
-    names = ("unet", "vae", "text_encoder")
-    parts = load_model(tmp_path / "one")
 
     def digests(folder: Path) -> tuple[str, str]:
-        return encoders_digest(parts, folder, text=True), encoders_digest(parts, folder, text=False)
+        parts = load_model(folder)
+        return encoders_digest(parts, text=True), encoders_digest(parts, text=False)
 
     def mixed(changed: str) -> Path:
         folder = shutil.copytree(tmp_path / "one", tmp_path / changed)
@@ -208,8 +256,20 @@ def test_the_unet_is_no_part_of_what_names_latents(tmp_path: Path) -> None:
         return folder
 
     before = digests(tmp_path / "one")
+    names = ("unet", "vae", "text_encoder")
     same = {name: [a == b for a, b in zip(before, digests(mixed(name)), strict=True)] for name in names}
     assert same == {"unet": [True, True], "vae": [False, False], "text_encoder": [False, True]}
+    again = load_model(tmp_path / "one")
+    again.encode_prompts(["a word"])  # type: ignore[attr-defined]
+    again.save(tmp_path / "again")
+    for name in ("vae", "text_encoder"):
+        path = tmp_path / "again" / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "elsewhere"}))
+    assert digests(tmp_path / "again") == before
+    longer = mixed("tokenizer")
+    path = longer / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 5}))
+    assert [a == b for a, b in zip(before, digests(longer), strict=True)] == [False, True]
 
 
 def test_the_switch_names_the_stage() -> None:

@@ -21,9 +21,9 @@ class SampleCounts:
 
     Too many is a DataError. Samples that cannot be used are judged from 100 seen on, by the share of those seen, with
     room for chance (three standard deviations). Samples lost with a cut shard come in heaps, so they are judged by the
-    share of the whole data set, and in each epoch anew; and, as a run that is often stopped may never see so many, from
-    100 heaps on by the share of the heaps seen, with the same room. What filters leave out is counted apart, and not
-    judged, unless nothing remains.
+    share of the whole data set, and in each epoch anew; and, as a run that is often stopped may never see so many,
+    where shards are shuffled from 100 heaps on by the share of the heaps seen, with the same room. What filters leave
+    out is counted apart, and not judged, unless nothing remains.
 
     Attributes:
         max_bad_share: what is allowed.
@@ -31,6 +31,7 @@ class SampleCounts:
         dataset_bytes: bytes of its shards; judged by where samples are not known. None: these are not known either.
         is_part: this counts a part of the streams of a data set, and these two are the part's share. One lost shard is
             then allowed in any case, as parts are dealt whole shards.
+        shuffled: shards come in a random order, so that those seen stand for all.
         seen, skipped, filtered, shards: what was counted: all samples; those skipped and filtered, by reason; those
             skipped, by shard.
         source: name of the source whose samples these are, where there are several.
@@ -40,6 +41,7 @@ class SampleCounts:
     dataset_samples: int | None = None
     dataset_bytes: int | None = None
     is_part: bool = False
+    shuffled: bool = False
     seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
@@ -148,8 +150,8 @@ class SampleCounts:
     def totals(self) -> SampleCounts:
         """A copy without the shards: what travels with every batch must not grow with their number."""
         return SampleCounts(
-            self.max_bad_share, self.dataset_samples, self.dataset_bytes, self.is_part, self.seen, dict(self.skipped),
-            dict(self.filtered), source=self.source,
+            self.max_bad_share, self.dataset_samples, self.dataset_bytes, self.is_part, self.shuffled, self.seen,
+            dict(self.skipped), dict(self.filtered), source=self.source,
         )  # fmt: skip
 
     def _count(self, shard: str, reason: str, detail: str, *, samples: int) -> None:
@@ -173,7 +175,7 @@ class SampleCounts:
         samples = sum(count for count, _ in self._lost.values())
         heaps_seen = self.seen * heaps / max(1, samples)
         allowed = self.max_bad_share * heaps_seen
-        if heaps_seen >= _SEEN_BEFORE_JUDGING and heaps > allowed + 3 * math.sqrt(allowed):
+        if self.shuffled and heaps_seen >= _SEEN_BEFORE_JUDGING and heaps > allowed + 3 * math.sqrt(allowed):
             self._refuse(f"{samples} of the {self.seen} seen so far are lost, in {heaps} shards")
         if self.dataset_samples is not None:
             if samples > self.max_bad_share * self.dataset_samples:

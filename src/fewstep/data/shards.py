@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fewstep.errors import DataError
 from fewstep.storage import Storage, join
 
-_INDEX = "index.json"
+INDEX = "index.json"
 _WRITING = ".writing"
 _STATS = "_stats.json"
 _STATS_AT_ONCE, _SHARDS_AT_ONCE = 32, 1000
@@ -76,7 +76,7 @@ def write_shards(
         raise DataError(f"samples_per_shard is {samples_per_shard}: it must be at least 1.")
     marker = join(uri, _WRITING)
     storage.write_bytes(marker, b"")
-    storage.delete(join(uri, _INDEX))
+    storage.delete(join(uri, INDEX))
     shards: list[Shard] = []
     iterator = iter(samples)
     while chunk := list(itertools.islice(iterator, samples_per_shard)):
@@ -109,7 +109,7 @@ def write_index(shards: Sequence[Shard], uri: str, *, storage: Storage) -> Shard
         {"name": s.name, "num_samples": s.num_samples, "size_bytes": s.size_bytes, "sha256": s.fingerprint}
         for s in shards
     ]
-    storage.write_json(join(uri, _INDEX), {"shards": rows, "digest": index.digest})
+    storage.write_json(join(uri, INDEX), {"shards": rows, "digest": index.digest})
     return index
 
 
@@ -126,13 +126,28 @@ def write_metadata(rows: Iterable[Mapping[str, Any]], uri: str, *, storage: Stor
     storage.write_bytes(uri, buffer.getvalue())
 
 
-def read_index(uri: str, *, storage: Storage) -> ShardIndex:
-    """The shards below `uri`: from ``index.json``, or of every ``*.tar`` there with the counts of ``*_stats.json``.
+def write_list(index: ShardIndex, uri: str, *, storage: Storage) -> None:
+    """Writes a list of shards, wherever they lie, that `read_index` takes in their stead: a request instead of one for
+    each page of a listing and each shard, and what one machine has listed for all others."""
+    rows = [[s.uri, s.num_samples, s.size_bytes, s.fingerprint, s.etag] for s in index.shards]
+    storage.write_json(uri, {"listed": rows})
+
+
+def read_index(uri: str, *, storage: Storage, counted: bool = True) -> ShardIndex:
+    """The shards below `uri`: from ``index.json``, or of every ``*.tar`` there with the counts of ``*_stats.json``; or
+    those of a list, ``*.json``, as `write_list` leaves it. Without `counted` no counts are looked for beside tars.
 
     Errors: DataError when there are no shards, when the index is damaged, or when their writing was cut short.
     """
-    if storage.exists(join(uri, _INDEX)):
-        value = storage.read_json(join(uri, _INDEX))
+    if uri.endswith(".json"):
+        try:
+            return ShardIndex(tuple(Shard(*row) for row in storage.read_json(uri)["listed"]))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{uri} is no list of shards ({error!r}). Name a folder of tars, or run encode again."
+            ) from error
+    if storage.exists(join(uri, INDEX)):
+        value = storage.read_json(join(uri, INDEX))
         try:
             shards = tuple(
                 Shard(join(uri, row["name"]), int(row["num_samples"]), int(row["size_bytes"]), row["sha256"])
@@ -142,7 +157,7 @@ def read_index(uri: str, *, storage: Storage) -> ShardIndex:
             if index.digest != value["digest"]:
                 raise ValueError("its digest does not fit its shards")
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{join(uri, _INDEX)} is damaged ({error!r}). Write the shards again.") from error
+            raise DataError(f"{join(uri, INDEX)} is damaged ({error!r}). Write the shards again.") from error
         return index
     # There may be a million: each is held once, and few wait for their statistics at a time.
     found: list[Shard] = []
@@ -152,7 +167,7 @@ def read_index(uri: str, *, storage: Storage) -> ShardIndex:
             raise DataError(f"The writing of the shards in {uri} was cut short. Run the stage that writes them again.")
         if info.uri.endswith(".tar"):
             found.append(Shard(info.uri, None, info.size_bytes, info.etag, info.etag))
-        elif info.uri.endswith(_STATS):
+        elif counted and info.uri.endswith(_STATS):
             with_stats.add(info.uri)
 
     def completed(shard: Shard) -> Shard:

@@ -164,6 +164,7 @@ class ShardStream:
                         dataset_samples=count and count * len(streams) // settings.num_streams,
                         dataset_bytes=size_bytes * len(streams) // settings.num_streams,
                         is_part=len(streams) < settings.num_streams,
+                        shuffled=True,
                         source=name,
                     )
                     for name, count, size_bytes in zip(mixed.names, known, sizes, strict=True)

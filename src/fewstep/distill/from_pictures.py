@@ -60,8 +60,8 @@ class FromPictures:
     Args:
         objective: gets the batch with these.
         encoders: make them.
-        bfloat16: compute them under autocast, as `encode.precision` says; otherwise in the encoders' own precision,
-            whatever the training computes in.
+        bfloat16: compute them under autocast, as `encode.precision` says; otherwise in the encoders' own precision
+            (float32, or with `frozen_dtype` bfloat16), whatever the training computes in.
     """
 
     def __init__(self, objective: Objective, encoders: PictureEncoders, *, bfloat16: bool = False) -> None:

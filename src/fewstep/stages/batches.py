@@ -136,6 +136,10 @@ def format_of_pictures(
     """
     if parts.num_classes is not None:
         return SampleFormat("class_pictures", picture_options(parts), encoded=precision)
+    grouped = buckets is not None
+    if buckets is None and "time_ids" in parts.denoiser().condition_names:
+        # Of a bucket's pictures the network is told their size; the square alone is one of the model's own.
+        buckets = [(parts.resolution, parts.resolution)]
     options: dict[str, Any] = {
         "resolution": parts.resolution,
         "crop": crop,
@@ -146,7 +150,7 @@ def format_of_pictures(
         "masks": masks and masks.model_dump(mode="json"),
         _TOKENIZERS: {name: [teacher, folder] for name, folder in joint_tokenizers(parts).items()},
     }
-    return SampleFormat("pictures", options, group_by="pixels" if buckets else None, encoded=precision)
+    return SampleFormat("pictures", options, group_by="pixels" if grouped else None, encoded=precision)
 
 
 def format_without_text(parts: Parts, teacher: str) -> SampleFormat:

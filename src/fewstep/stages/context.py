@@ -217,9 +217,9 @@ def shards_uri(recipe: Recipe, storage: Storage, split: Split) -> str:
 def encoded_shards(recipe: Recipe, facts: Mapping[str, Any]) -> Shards:
     """Return where the encode stage, by its facts about a split, has put what a network is trained on."""
     if "sources" not in facts:
-        return str(facts["uri"])
+        return str(facts.get("list", facts["uri"]))
     assert isinstance(recipe.data.train, tuple), "the fingerprint of encode has the sources"
-    return Mixture(recipe.data.train).at([source["uri"] for source in facts["sources"]])
+    return Mixture(recipe.data.train).at([source.get("list", source["uri"]) for source in facts["sources"]])
 
 
 def stage_uri(recipe: Recipe, storage: Storage, stage: StageName) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -13,10 +14,11 @@ from typing import Any, Literal
 
 import ray
 import torch
+from torch import nn
 
 from fewstep.data.buckets import BucketSettings, bucket_sizes
 from fewstep.data.mixture import Mixture, Shards, Source, sources_of
-from fewstep.data.shards import read_index
+from fewstep.data.shards import INDEX, read_index, write_list
 from fewstep.distill.tokens import OF_THE_CAPTION, TextEncoders, conditions_without_text
 from fewstep.errors import ModelError, RecipeError
 from fewstep.models import Parts, SDXLParts, TextToImageParts, load_model
@@ -56,7 +58,12 @@ def encode(context: StageContext) -> dict[str, Any]:
         check_takes_buckets(parts, teacher, recipe.encode.buckets)
         of_training = replace(of_training, buckets=recipe.encode.buckets)
         training_format = replace(training_format, group_by="latent_mean")
-    in_training = parts.stores_latents and not recipe.encode.store_latents
+    in_training = not recipe.encode.store_latents
+    if in_training and not parts.stores_latents:
+        raise RecipeError(
+            f"encode.store_latents=false is for models that diffuse latents, and {teacher} diffuses pixels, of which "
+            "none are stored in any case: leave it out"
+        )
     if in_training:
         training_format = _format_of_pictures(parts, teacher, of_training)
     if training_format != format_of(parts):
@@ -69,13 +76,14 @@ def encode(context: StageContext) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
         for source in sources_of(shards):
             if not parts.stores_latents or (in_training and split == "train"):
-                found.append(_pictures(source.uri, context.storage, in_training and training_format.to_json()))
+                read_as = training_format.to_json() if in_training else None
+                found.append(_pictures(source.uri, context.storage, read_as=read_as, listed=split == "train"))
                 continue
             # Named by its content, so that it stays when other sources come beside it.
             name = latents_fingerprint(
                 recipe,
                 shards_digest=read_index(source.uri, storage=context.storage).digest,
-                encoders_digest=encoders_digest(parts, folder, text=split == "evaluate" or recipe.encode.store_text),
+                encoders_digest=encoders_digest(parts, text=split == "evaluate" or recipe.encode.store_text),
                 masks=is_inpainting,
                 held_out=split == "evaluate",
             )[:16]
@@ -217,21 +225,50 @@ def check_takes_buckets(parts: Parts, name: str, settings: BucketSettings) -> No
     bucket_sizes(parts.resolution, settings)
 
 
-def encoders_digest(parts: Parts, folder: Path, *, text: bool) -> str:
+def encoders_digest(parts: Parts, *, text: bool) -> str:
     """Return a digest of all of a model that its latents depend on: its VAE, what a picture is for it, and with text
-    its text encoders and tokenizers. Fine-tuning the U-Net alone changes nothing of it.
+    its text encoders and tokenizers. Fine-tuning the U-Net alone changes nothing of it, and saving it again neither.
 
     Args:
         parts: the model.
-        folder: it was read from.
         text: text embeddings are stored too.
     """
-    if not (folder / "vae").is_dir():
-        return folder_digest(folder)
     told = [name for name in parts.denoiser().condition_names if text or name not in OF_THE_CAPTION]
-    used = ["vae", *(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") if text else ())]
-    digests = {name: folder_digest(folder / name) for name in used if (folder / name).is_dir()}
-    return digest([parts.family, parts.resolution, parts.picture_channels, parts.num_classes, told, digests])
+    names = ["vae", *(("text_encoder", "text_encoder_2") if text else ())]
+    networks = {name: _network_digest(found) for name in names if (found := getattr(parts, name, None)) is not None}
+    tokenizers = [
+        _tokenizer_digest(found)
+        for name in ("tokenizer", "tokenizer_2")
+        if text and (found := getattr(parts, name, None)) is not None
+    ]
+    return digest(
+        [parts.family, parts.resolution, parts.picture_channels, parts.num_classes, told, networks, tokenizers]
+    )
+
+
+def _network_digest(network: nn.Module) -> str:
+    """Return a digest of a network's weights and settings, without what only says who has written them."""
+    config: Any = network.config
+    settings = {
+        name: value
+        for name, value in (config if isinstance(config, Mapping) else config.to_dict()).items()
+        if not name.startswith("_") and name not in _OF_THE_WRITER
+    }
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in sorted(network.state_dict().items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    of_a_call = ("version", "truncation", "padding")
+    rules = {name: value for name, value in whole.items() if name not in of_a_call}
+    return digest([rules, tokenizer.model_max_length, tokenizer.pad_token_id])
+
+
+_OF_THE_WRITER = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def _format_of_pictures(parts: Parts, teacher: str, encoding: Encoding) -> SampleFormat:
@@ -248,11 +285,11 @@ def _format_of_pictures(parts: Parts, teacher: str, encoding: Encoding) -> Sampl
     )
 
 
-def _pictures(shards: str, storage: Storage, read_as: Any) -> dict[str, Any]:
+def _pictures(shards: str, storage: Storage, *, read_as: Any, listed: bool) -> dict[str, Any]:
     """Return the facts of a split that is trained on as it is: in pixels, or read as a format says that makes latents
-    of them."""
+    of them. With `listed` workers get a list of what lies there, unless it has an index."""
     index = read_index(shards, storage=storage)
-    return {
+    facts: dict[str, Any] = {
         "uri": shards,
         "digest": digest([index.digest, read_as]) if read_as else index.digest,
         "source_digest": index.digest,
@@ -261,6 +298,10 @@ def _pictures(shards: str, storage: Storage, read_as: Any) -> dict[str, Any]:
         "skipped": {},
         "filtered": {},
     }
+    if listed and not storage.exists(join(shards, INDEX)):
+        facts["list"] = join(storage.root, "lists", f"{digest([shards, index.digest])[:16]}.json")
+        write_list(index, facts["list"], storage=storage)
+    return facts
 
 
 def encode_sources(shards: Shards, target: str, *, label: str, **options: Any) -> Shards:

@@ -24,7 +24,7 @@ from fewstep.data.pictures import Crop
 from fewstep.data.pieces import CUT_SHORT, MISSING
 from fewstep.data.sample import BadSampleError, Decode, Sample
 from fewstep.data.samples import NO_RULES, SampleRules
-from fewstep.data.shards import Shard, is_file_name, read_index, write_index, write_tar
+from fewstep.data.shards import INDEX, Shard, is_file_name, read_index, write_index, write_tar
 from fewstep.data.source import iterate_shard
 from fewstep.models import Parts
 from fewstep.stages.batches import Precision, picture_decoder
@@ -87,11 +87,13 @@ class Encoders:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """One shard to encode; `number` is its place in the index."""
+    """One shard to encode; `number` is its place in the index, and `mend` whether what an earlier try has lost is
+    looked for again."""
 
     number: int
     shard: Shard
     target: str
+    mend: bool = False
 
     @property
     def record_uri(self) -> str:
@@ -129,7 +131,9 @@ def encode_shards(
     """
     index = read_index(source, storage=storage)
     counts = SampleCounts(max_bad_share, index.num_samples, sum(shard.size_bytes for shard in index.shards))
-    tasks = [EncodeTask(number, shard, target) for number, shard in enumerate(index.shards)]
+    # Of a pass that came to its end trainings may be reading the latents: what it has lost stays lost.
+    mend = not storage.exists(join(target, INDEX))
+    tasks = [EncodeTask(number, shard, target, mend) for number, shard in enumerate(index.shards)]
     there = {info.uri for info in storage.list(join(target, "records"))}
     recorded = [task for task in tasks if task.record_uri in there]
     with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
@@ -305,12 +309,12 @@ class _WithOwnKey:
         self._decode, self._names = decode, set[str]()
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
+        decoded = self._decode(sample)
         name = re.sub("^(\\./)+", "", sample["__key__"])  # as `tar cf x.tar .` writes names
         if not is_file_name(name):
             raise BadSampleError("key cannot be a file name", repr(sample["__key__"]))
         if name in self._names:
             raise BadSampleError("key comes twice in its shard", repr(sample["__key__"]))
-        decoded = self._decode(sample)
         self._names.add(name)
         return {**decoded, _FILE_NAME: name}
 
@@ -324,10 +328,10 @@ def _source(shard: Shard) -> dict[str, Any]:
 
 
 def _read_record(task: EncodeTask, storage: Storage) -> dict[str, Any] | None:
-    """Return what was noted about this shard; None where the pictures have changed since, or some were missing: the
-    shard may be whole now, which its entry in an index does not tell."""
+    """Return what was noted about this shard; None where the pictures have changed since, or the task shall mend it and
+    some were missing: it may be whole now, which its entry in an index does not tell."""
     record: dict[str, Any] = storage.read_json(task.record_uri)
-    lost = any(record["skipped"].get(reason) for reason in (CUT_SHORT, MISSING))
+    lost = task.mend and any(record["skipped"].get(reason) for reason in (CUT_SHORT, MISSING))
     return None if lost or record["source"] != _source(task.shard) else record
 
 

@@ -23,7 +23,10 @@ from fewstep.train.settings import TrainSettings
 
 def source_digests(context: StageContext, shards: Shards) -> dict[str, str]:
     """Return the digest of the picture shards at each address."""
-    return {source.uri: read_index(source.uri, storage=context.storage).digest for source in sources_of(shards)}
+    return {
+        source.uri: read_index(source.uri, storage=context.storage, counted=False).digest
+        for source in sources_of(shards)
+    }
 
 
 def tag_data(context: StageContext, shards: Shards, *, resolution: int) -> dict[str, str]:
@@ -34,7 +37,8 @@ def tag_data(context: StageContext, shards: Shards, *, resolution: int) -> dict[
         shards: the picture shards that a teacher is trained on.
         resolution: side of its pictures in pixels.
     """
-    digests = list(source_digests(context, shards).values())
+    by_uri = source_digests(context, shards)
+    digests = [by_uri[source.uri] for source in sources_of(shards)]
     tags = {DATA_DIGEST_TAG: data_digest(context.recipe, shards_digests=digests, resolution=resolution)}
     context.run.set_tags(tags)
     return tags

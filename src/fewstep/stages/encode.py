@@ -74,8 +74,11 @@ def encode(context: StageContext) -> dict[str, Any]:
     for split in splits:
         shards = context.shards(split)
         found: list[dict[str, Any]] = []
+        as_pictures = not parts.stores_latents or (in_training and split == "train")
+        with_text = split == "evaluate" or recipe.encode.store_text
+        made_by = "" if as_pictures else encoders_digest(parts, text=with_text)
         for source in sources_of(shards):
-            if not parts.stores_latents or (in_training and split == "train"):
+            if as_pictures:
                 read_as = training_format.to_json() if in_training else None
                 found.append(_pictures(source.uri, context.storage, read_as=read_as, listed=split == "train"))
                 continue
@@ -83,7 +86,7 @@ def encode(context: StageContext) -> dict[str, Any]:
             name = latents_fingerprint(
                 recipe,
                 shards_digest=read_index(source.uri, storage=context.storage).digest,
-                encoders_digest=encoders_digest(parts, text=split == "evaluate" or recipe.encode.store_text),
+                encoders_digest=made_by,
                 masks=is_inpainting,
                 held_out=split == "evaluate",
             )[:16]

@@ -45,6 +45,7 @@ def test_figures_fit_together(stage: Stage) -> None:
     assert "not known" in shown
 
 
+@pytest.mark.long
 def test_precision_and_batch_size_of_the_workload_and_of_the_command() -> None:
     own = bench_workload(tiny_workload(precision="bfloat16"), settings(rounds=1), device=CPU)
     assert (own.precision, own.batch_size) == ("bfloat16", 4)

@@ -63,6 +63,7 @@ def test_the_latents_are_those_of_one_process(teacher: Path, storage: Storage, b
     assert _encode(source, there["uri"], storage, teacher, encoders=Encoders(cannot_load, 2, False)) == there
 
 
+@pytest.mark.long
 def test_too_many_broken_samples_stop_it(teacher: Path, storage: Storage, bucket_uri: str) -> None:
     source = join(bucket_uri, "pictures")
     _write(source, storage, broken=frozenset(range(12)))

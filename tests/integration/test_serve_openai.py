@@ -261,6 +261,7 @@ def test_overload_is_refused_with_429_and_the_rest_is_answered(client: openai.Op
     assert client.images.generate(prompt="a red apple").data
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_loaded_is_said_once_and_nothing_stays(server: RunningServer, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         run_server(

@@ -92,6 +92,7 @@ def test_a_finished_training_is_not_run_again(storage: Storage, whole: tuple[str
         run_training(toy_job(fingerprint="b" * 64), cluster=ONE, storage=storage, uri=uri, tracker=None)
 
 
+@pytest.mark.long
 def test_a_killed_worker_goes_on_bit_for_bit(
     storage: Storage, whole: tuple[str, FileTracker], bucket_uri: str, tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ def _wait_for(condition: object, driver: subprocess.Popen[bytes], folder: Path) 
     raise AssertionError(f"waited in vain; the driver says: {(folder / 'output').read_text()}")
 
 
+@pytest.mark.long
 def test_an_error_that_the_user_can_mend_comes_out_as_it_is(storage: Storage, bucket_uri: str, tmp_path: Path) -> None:
     log = tmp_path / "updates"
     # The pause lets the asynchronous upload of update 5 end before the training does.

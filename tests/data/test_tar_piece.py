@@ -14,9 +14,11 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from fewstep.data.counts import SampleCounts
+from fewstep.data.pieces import PieceReader
 from fewstep.data.shards import read_index
 from fewstep.data.source import iterate_samples
 from fewstep.data.tar_piece import LEAD_BYTES, PieceContent, parse_piece
+from fewstep.errors import DataError
 from fewstep.storage import Storage, StorageSettings
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
@@ -186,3 +188,23 @@ def test_a_damaged_pax_header_is_damage_and_no_endless_loop(record: bytes) -> No
     keys = [sample.key for sample in content.samples]
     assert {"a", "b", "c"} <= set(keys)
     assert len(keys) <= 4  # the file behind it, perhaps, by the name in its own header
+
+
+def test_a_tar_of_the_v7_format_is_refused_where_it_is_read_in_pieces(tmp_path: Path) -> None:
+    """Pieces that begin within it would find nothing, without a word."""
+    with tarfile.open(tmp_path / "0.tar", mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(40):
+            _add(tar, f"{number:03d}.txt", b"x" * 700)
+    whole = bytearray((tmp_path / "0.tar").read_bytes())
+    for at in range(0, 40 * 1536, 1536):
+        whole[at + 257 : at + 265] = bytes(8)
+        whole[at + 148 : at + 156] = b" " * 8
+        whole[at + 148 : at + 156] = b"%06o\0 " % sum(whole[at : at + 512])
+    (tmp_path / "0.tar").write_bytes(whole)
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        assert len(tar.getnames()) == 40
+    storage = Storage(StorageSettings())
+    (shard,) = read_index(str(tmp_path), storage=storage).shards
+    assert len(PieceReader(storage).load(shard, 0, shard.size_bytes).samples) == 40
+    with pytest.raises(DataError, match=r"0\.tar is a tar of the old V7 format.* write it again in another"):
+        PieceReader(storage).load(shard, 0, 20_000)

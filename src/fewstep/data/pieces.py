@@ -121,6 +121,11 @@ class PieceReader:
         return LoadedPiece([sample], len(part.data))
 
     def _loaded(self, shard: Shard, start: int, end: int, data: Bytes, content: PieceContent) -> LoadedPiece:
+        if content.is_v7 and (start, end) != (0, shard.size_bytes):
+            raise DataError(
+                f"{shard.uri} is a tar of the old V7 format, whose samples cannot be found from the middle on: write "
+                "it again in another, as `tar --format=ustar` does"
+            )
         found = len(content.samples)
         detail = content.damage or ""
         if (start, end) == (0, shard.size_bytes) and shard.num_samples is not None:

@@ -64,12 +64,14 @@ class PieceContent:
         needed: byte of the shard up to which it must be read to be whole; 0: it is.
         damage: what is wrong with the tar here, or None.
         lost_bytes: length of what could not be read.
+        is_v7: its headers have no mark by which those of other pieces could be found.
     """
 
     samples: list[RawSample] = field(default_factory=list)
     needed: int = 0
     damage: str | None = None
     lost_bytes: int = 0
+    is_v7: bool = False
 
 
 def parse_piece(data: Bytes, *, base: int, start: int, end: int, size_bytes: int) -> PieceContent:
@@ -204,6 +206,7 @@ class _Parser:
             length = 0 if kind in _NO_DATA else _number(header[124:136]) if size is None else size
             begin = at + BLOCK
             if kind in _FILES:
+                self._content.is_v7 = self._content.is_v7 or not _MAGIC.match(header, 257)
                 body = self._take(begin, begin + length)
                 if body is None:
                     self._damaged("it ends in a file", self._length() - at)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.random import RowRandom
 from fewstep.distill.objective import Batch, Objective
-from fewstep.distill.tokens import TextEncoders
+from fewstep.distill.tokens import Encoded, TextEncoders
 from fewstep.errors import ModelError
 from fewstep.models import ClassModel, Parts
 from fewstep.models.inpainting import encode_holes
@@ -54,7 +52,7 @@ class PictureEncoders(nn.Module):
         return made
 
 
-class FromPictures:
+class FromPictures(Encoded):
     """An objective whose batches have pictures and token ids where it wants latents and text embeddings.
 
     Args:
@@ -65,14 +63,8 @@ class FromPictures:
     """
 
     def __init__(self, objective: Objective, encoders: PictureEncoders, *, bfloat16: bool = False) -> None:
-        self._objective, self._encoders, self._bfloat16 = objective, encoders, bfloat16
-        self.network = objective.network
-        self.frozen = [*getattr(objective, "frozen", ()), encoders]
-
-    def __getattr__(self, name: str) -> Any:  # what an objective may have besides, such as parameter_groups
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._objective, name)
+        super().__init__(objective, encoders)
+        self._bfloat16 = bfloat16
 
     def loss(self, network: nn.Module, batch: Batch, random: RowRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the objective's loss; see there. The batch has what `PictureEncoders.forward` takes."""

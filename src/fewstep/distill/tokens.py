@@ -48,17 +48,15 @@ class TextEncoders(nn.Module):
         return {"text": text, "pooled": pooled}
 
 
-class FromTokens:
-    """An objective whose batches have token ids where it wants text embeddings.
-
-    Embeddings are computed in the encoders' own precision, without autocast, as those in shards are.
+class Encoded:
+    """An objective behind frozen encoders, that make what it wants of what a batch has; subclasses give the loss.
 
     Args:
-        objective: gets the batch with the embeddings.
-        encoders: make them.
+        objective: gets the batch with what they made.
+        encoders: make it.
     """
 
-    def __init__(self, objective: Objective, encoders: TextEncoders) -> None:
+    def __init__(self, objective: Objective, encoders: nn.Module) -> None:
         self._objective, self._encoders = objective, encoders
         self.network = objective.network
         self.frozen = [*getattr(objective, "frozen", ()), encoders]
@@ -67,6 +65,13 @@ class FromTokens:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._objective, name)
+
+
+class FromTokens(Encoded):
+    """An objective whose batches have token ids where it wants text embeddings, which `TextEncoders` make.
+
+    Embeddings are computed in the encoders' own precision, without autocast, as those in shards are.
+    """
 
     def loss(self, network: nn.Module, batch: Batch, random: RowRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the objective's loss; see there. The batch has token_ids (B, L), and token_ids_2 where two are."""

@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev img2dataset demo test test-long lint types contracts format teacher serve gpu-check constraints clean
+.PHONY: help install install-dev img2dataset demo test test-long manifests lint types contracts format teacher serve gpu-check constraints clean
 
 help: ## Show what make can do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,8 +68,8 @@ test-long: install-dev ## Run the tests that take minutes: whole proofs, and fur
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 lint: install-dev ## Check style and format (ruff)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests workflows
+	$(BIN)/ruff format --check src tests workflows
 
 types: install-dev ## Check types (mypy)
 	$(BIN)/mypy
@@ -78,8 +78,8 @@ contracts: install-dev ## Check which room uses which (import-linter)
 	$(BIN)/lint-imports
 
 format: install-dev ## Put the code into the house format
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests workflows
+	$(BIN)/ruff format src tests workflows
 
 teacher: install ## Train an emoji teacher like the shipped one, from its recipe
 	$(FEWSTEP) run workflows/recipes/emoji-teacher.yaml
@@ -105,6 +105,9 @@ constraints: install-dev ## Write constraints.txt from what .venv holds
 	  $(BIN)/pip freeze --all --exclude fewstep --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	mv constraints.new constraints.txt
 	touch $(VENV)/.installed-demo $(VENV)/.installed-dev
+
+manifests: install-dev ## Write the workflows and RayJobs anew from workflows/rayjob.yaml.in and workflows/generate.py
+	$(BIN)/python workflows/generate.py
 
 clean: ## Take out both environments, caches, runs and the local store
 	rm -rf $(VENV) $(IMG2DATASET) .fewstep runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

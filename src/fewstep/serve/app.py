@@ -133,7 +133,7 @@ class ServeArguments(BaseModel):
     serve: ServeSettings = Field(default_factory=ServeSettings, description="The service itself.")
     storage: StorageSettings | None = Field(
         default=None,
-        description="Object store for s3:// and registry models; unset: the environment's ($FEWSTEP_S3_BUCKET), or none.",
+        description="Object store for s3:// and registry models; unset: that of $FEWSTEP_S3_BUCKET, or none.",
     )
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="Where the model registry is.")
 

@@ -10,8 +10,8 @@ from fewstep.errors import StorageError
 
 BUCKET = "FEWSTEP_S3_BUCKET"
 
-#: Key of the storage settings -> the variables that stand in for it, the first that is set counts. Those of AWS are what
-#: its own tools read.
+#: Key of the storage settings -> the variables that stand in for it; the first that is set counts. AWS_… are read by
+#: AWS's own tools too.
 VARIABLES: dict[str, tuple[str, ...]] = {
     "bucket": (BUCKET,),
     "prefix": ("FEWSTEP_S3_PREFIX",),

@@ -31,12 +31,19 @@ class Change:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.source}: {'.'.join(self.path)}={without_passwords(self.text)}"
+        return f"{'.'.join(self.path)}={without_passwords(self.text)}"
 
 
 def without_passwords(text: str) -> str:
     """Return text as it may be shown: without the passwords of addresses."""
     return _PASSWORD.sub(r"\1:***@", text)
+
+
+def in_words(changes: Sequence[Change]) -> str:
+    """Return who has changed what, for messages."""
+    sources = dict.fromkeys(change.source for change in changes)
+    by = (f"{each} ({', '.join(str(change) for change in changes if change.source == each)})" for each in sources)
+    return f"changed by {' and '.join(by)},"
 
 
 def changes_at_hand(options: Sequence[str] = ()) -> list[Change]:
@@ -85,7 +92,7 @@ def apply_changes(
     for change in changes:
         before = _get(content, change.path)
         said = "nothing" if before is None else without_passwords(_shown(before))
-        logger.info("%s (the recipe says %s)", change, said)
+        logger.info("%s: %s (the recipe says %s)", change.source, change, said)
         changed = _set(changed, change.path, _value(change, text=is_text(change.path)))
     return changed
 
@@ -95,7 +102,8 @@ def _value(change: Change, *, text: bool) -> Any:
         value = yaml.safe_load(change.text)
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"{change}: the value is no YAML ({str(error).splitlines()[0]}); put quotes around text with such signs"
+            f"{change.source}: {change}: the value is no YAML ({str(error).splitlines()[0]}); put quotes around text with "
+            "such signs"
         ) from None
     # No key takes a date, and what an orchestrator hands over as text may look like a number.
     if isinstance(value, datetime.date) or (text and isinstance(value, (bool, int, float))):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from fewstep.changes import apply_changes, changes_at_hand
+from fewstep.changes import apply_changes, changes_at_hand, in_words
 from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
 from fewstep.data.metadata.settings import MetadataSettings
@@ -51,8 +51,8 @@ class Recipe(StageSettings):
     name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the workflow")
     seed: int = Field(0, description="seed of everything")
     stages: tuple[StageName, ...] = Field(
-        description="the stages to run, in order; with promote, register makes candidates alone, and promote makes those "
-        "that passed the gate champions"
+        description="the stages to run, in order; with promote, register makes candidates only, and promote makes "
+        "those that passed the gate champions"
     )
     teacher: str | None = Field(
         None,
@@ -334,7 +334,7 @@ def load_recipe(path: Path | str, *, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} must be a mapping of keys, not {type(content).__name__}")
     made = changes_at_hand(changes)
     content = apply_changes(content, made, is_text=_takes_text)
-    return parse_recipe(content, source=f"{path} with {', '.join(map(str, made))}" if made else str(path))
+    return parse_recipe(content, source=f"{path}, {in_words(made)}" if made else str(path))
 
 
 def parse_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:

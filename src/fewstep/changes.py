@@ -101,9 +101,9 @@ def _value(change: Change, *, text: bool) -> Any:
     try:
         value = yaml.safe_load(change.text)
     except yaml.YAMLError as error:
+        fault = str(error).splitlines()[0]
         raise RecipeError(
-            f"{change.source}: {change}: the value is no YAML ({str(error).splitlines()[0]}); put quotes around text with "
-            "such signs"
+            f"{change.source}: {change}: the value is no YAML ({fault}); put quotes around text with such signs"
         ) from None
     # No key takes a date, and what an orchestrator hands over as text may look like a number.
     if isinstance(value, datetime.date) or (text and isinstance(value, (bool, int, float))):

@@ -38,7 +38,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "stage", "demo", "sample", "edit", "export", "serve", "evaluate", "inspect", "bench", "plan", "keys"],
+    [
+        *("run", "stage", "demo", "sample", "edit", "export", "serve", "evaluate", "inspect", "bench", "plan", "keys"),
+        *("prepare", "promote", "versions"),
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = call(command, "--help")

@@ -12,8 +12,11 @@ from pathlib import Path
 import click
 
 from fewstep.bench.commands import bench
-from fewstep.data_commands import inspect, out_folder, prepare, recipe_of
+from fewstep.data_commands import inspect, prepare
 from fewstep.plain_errors import plain_errors
+from fewstep.recipe_arguments import OUT_OPTION, RECIPE, RECIPE_OPTION, SET_OPTION, recipe_of
+from fewstep.registry_commands import promote, versions
+from fewstep.stage_commands import evaluate, run, stage
 
 MODEL_HELP = "a folder, s3://…, models:/NAME@champion, asset:NAME, or a hub id ORG/NAME"
 DEMO_RECIPE = Path("workflows/recipes/demo.yaml")
@@ -34,9 +37,8 @@ def main(verbose: bool) -> None:
     _quiet_libraries()
 
 
-main.add_command(bench)
-main.add_command(inspect)
-main.add_command(prepare)
+for command in (bench, evaluate, inspect, prepare, promote, run, stage, versions):
+    main.add_command(command)
 
 
 def _quiet_libraries() -> None:
@@ -50,53 +52,8 @@ def _quiet_libraries() -> None:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
-@plain_errors
-def run(recipe: Path, out: Path | None) -> None:
-    """Run all stages of RECIPE in order: skip what is done, go on with what was stopped."""
-    from fewstep.recipe import load_recipe
-    from fewstep.workflow import run_workflow
-    from fewstep.workplace import open_workplace
-
-    loaded = load_recipe(recipe)
-    folder = out_folder(out, loaded.name)
-    with open_workplace(loaded) as workplace:
-        artifacts = run_workflow(loaded, workplace, out=folder)
-    for name, artifact in artifacts.items():
-        for label, uri in artifact.models().items() or [(name, artifact.uri)]:
-            click.echo(f"{label:20} {uri}")
-    if "evaluate" in artifacts:
-        click.echo(f"{'report':20} {folder / 'report.html'}")
-
-
-@main.command()
-@click.argument("name")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
-@plain_errors
-def stage(name: str, recipe: Path, out: Path | None) -> None:
-    """Run one stage NAME of RECIPE; the stages before it must have finished.
-
-    NAME is prepare, teacher, encode, convert, guidance, progressive, evaluate or register. This is what a Kubernetes
-    job runs.
-    """
-    from typing import cast
-
-    from fewstep.recipe import StageName, load_recipe
-    from fewstep.workflow import run_stage
-    from fewstep.workplace import open_workplace
-
-    loaded = load_recipe(recipe)
-    with open_workplace(loaded) as workplace:
-        artifact = run_stage(cast(StageName, name), loaded, workplace, out=out_folder(out, loaded.name))
-    for label, uri in artifact.models().items() or [(name, artifact.uri)]:
-        click.echo(f"{label} {uri}")
-
-
-@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path), default=DEMO_RECIPE)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: runs/NAME]")
+@OUT_OPTION
 @plain_errors
 def demo(recipe: Path, out: Path | None) -> None:
     """Run the demo RECIPE to its end, serve the student for a moment, and fetch one picture over HTTP."""
@@ -104,13 +61,6 @@ def demo(recipe: Path, out: Path | None) -> None:
 
     for line in run_demo(recipe, out):
         click.echo(line)
-
-
-_RECIPE_OPTION = click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    help="Recipe whose store and MLflow s3:// and models:/ mean.  [default: the embedded ones in $FEWSTEP_HOME]",
-)
 
 
 _INTERVAL_OPTION = click.option(
@@ -137,7 +87,7 @@ _EXTRAPOLATE_OPTION = click.option(
 @click.option("--negative-prompt", help="What to lead away from: for teachers; a student has no branch for it.")
 @_INTERVAL_OPTION
 @_EXTRAPOLATE_OPTION
-@_RECIPE_OPTION
+@RECIPE_OPTION
 @plain_errors
 def sample(
     model: str,
@@ -194,7 +144,7 @@ def sample(
 @click.option("--seed", type=int, help="Seed of the first picture; one more for each next.  [default: 0]")
 @_INTERVAL_OPTION
 @_EXTRAPOLATE_OPTION
-@_RECIPE_OPTION
+@RECIPE_OPTION
 @plain_errors
 def edit(
     model: str,
@@ -261,7 +211,7 @@ def edit(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--half", is_flag=True, help="Store the weights as float16, half the size.")
 @click.option("--on", "base", metavar="NAME", help="Leave out what asset:NAME has: the U-Net alone is left, to ship.")
-@_RECIPE_OPTION
+@RECIPE_OPTION
 @plain_errors
 def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path | None) -> None:
     """Write MODEL to FOLDER as a plain diffusers folder, which StableDiffusionPipeline.from_pretrained reads.
@@ -280,7 +230,7 @@ def export(model: str, folder: Path, half: bool, base: str | None, recipe: Path 
 @click.argument("models", nargs=-1)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port; 0 takes a free one.")
-@_RECIPE_OPTION
+@RECIPE_OPTION
 @plain_errors
 def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) -> None:
     """Serve students over HTTP with the OpenAI Images API until Ctrl-C or SIGTERM.
@@ -302,30 +252,7 @@ def serve(models: tuple[str, ...], host: str, port: int, recipe: Path | None) ->
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("students", nargs=-1)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
-@plain_errors
-def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
-    """Compare STUDENTS with the teacher of RECIPE and its plain samplers, and write a report with pictures.
-
-    Held-out shards, teacher and settings come from the recipe; each of STUDENTS is a MODEL that says itself how many
-    steps it was made for. The stages before `encode` must have run.
-
-    Example: fewstep evaluate workflows/recipes/demo.yaml models:/fewstep-demo@champion --out runs/compare
-    """
-    from fewstep.recipe import load_recipe
-    from fewstep.stages.evaluate import evaluate_models
-    from fewstep.workplace import open_workplace
-
-    loaded = load_recipe(recipe)
-    with open_workplace(loaded) as workplace:
-        files = evaluate_models(loaded, workplace.storage, workplace.tracker, students=students, out=out)
-    click.echo(str(files.html))
-
-
-@main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@RECIPE
 @click.option("--gpu", default="h100", show_default=True, help="Kind of GPU: h100, h200, a100-80, a100-40, l40s, …")
 @click.option("--mfu", type=float, default=0.4, show_default=True, help="Share of the GPU's peak that is reached.")
 @click.option("--workers", type=int, help="GPUs of a training.  [default: the recipe's; 1 where it says auto]")
@@ -344,6 +271,7 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path) -> None:
     help="What `fewstep bench data --json` printed on your machine.  [default: shipped figures]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+@SET_OPTION
 @plain_errors
 def plan(
     recipe: Path,
@@ -357,6 +285,7 @@ def plan(
     success: float,
     rates: Path | None,
     as_json: bool,
+    changes: tuple[str, ...],
 ) -> None:
     """Estimate what the real run of RECIPE takes: FLOPs, memory of a GPU, GPU-hours, bytes; stage by stage.
 
@@ -373,7 +302,7 @@ def plan(
     from fewstep.plan import plan_data_of, plan_recipe, render, render_data
     from fewstep.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes=changes)
     planned = plan_recipe(loaded, gpu=gpu, mfu=mfu, shape=shape, num_workers=workers, num_samples=samples)
     data = None
     if rows is not None or shards is not None:

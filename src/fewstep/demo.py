@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fewstep.errors import RecipeError
 from fewstep.recipe import load_recipe
+from fewstep.recipe_arguments import out_folder
 from fewstep.serving import served
 from fewstep.train.cluster import local_ray
 from fewstep.workflow import run_workflow
@@ -32,11 +33,12 @@ def run_demo(recipe_path: Path, out: Path | None = None) -> list[str]:
         raise RecipeError(
             f"{recipe_path} has no stage register, so there is nothing to serve: use `fewstep run` for it"
         )
-    folder = out or Path("runs") / recipe.name
+    folder = out_folder(out, recipe.name)
     # Ray and the store stay up over both halves; inside, each finds what is running.
     with open_workplace(recipe) as workplace, local_ray(recipe.cluster):
         artifacts = run_workflow(recipe, workplace, out=folder)
-        chosen = artifacts["register"].facts["models"][recipe.register_.name]
+        left = artifacts.get("promote") or artifacts["register"]
+        chosen = left.facts["models"][recipe.register_.name]
         uri = f"models:/{recipe.register_.name}/{chosen['version']}"
         picture = folder / "over_http.png"
         logger.info("serve …")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fewstep.changes import apply_changes, changes_at_hand, in_words
 from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
 from fewstep.data.metadata.settings import MetadataSettings
@@ -28,12 +30,15 @@ from fewstep.stage_settings import (
     RegisterStage,
     StageSettings,
     TeacherStage,
+    settings_class,
 )
 from fewstep.storage import StorageSettings
 from fewstep.tracking.settings import TrackingSettings
 from fewstep.train.settings import ClusterSettings, wrong_group
 
-StageName = Literal["prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register"]
+StageName = Literal[
+    "prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register", "promote"
+]
 
 
 #: 1.3 - 1 is a little more than 0.3 in floating point.
@@ -45,7 +50,10 @@ class Recipe(StageSettings):
 
     name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the workflow")
     seed: int = Field(0, description="seed of everything")
-    stages: tuple[StageName, ...] = Field(description="the stages to run, in order")
+    stages: tuple[StageName, ...] = Field(
+        description="the stages to run, in order; with promote, register makes candidates only, and promote makes "
+        "those that passed the gate champions"
+    )
     teacher: str | None = Field(
         None,
         description="MODEL to distill: folder, s3://, hub id, models:/ or asset:NAME; an alias of the registry becomes "
@@ -102,6 +110,8 @@ class Recipe(StageSettings):
             raise ValueError(
                 "stages has register but not evaluate: the gate judges what evaluate measured; add evaluate"
             )
+        if "promote" in self.stages and "register" not in self.stages:
+            raise ValueError("stages has promote but not register, which names the versions that it promotes: add it")
         if "prepare" not in self.stages and self.data.train is None:
             raise ValueError("there are no shards: name them in data.train, or put prepare into stages")
         if self.teacher is None and "teacher" not in self.stages:
@@ -302,12 +312,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def load_recipe(path: Path | str) -> Recipe:
-    """Read and check a recipe.
+def load_recipe(path: Path | str, *, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, change it as $FEWSTEP_SET and the command's options say, and check it.
+
+    Args:
+        path: its file.
+        changes: each ``key.path=value``; they win over those of $FEWSTEP_SET, one a line.
 
     Raises:
         RecipeError: the file is missing, is no YAML mapping, has an unknown key or a value that cannot work; the
-            message names every such key with its value and the rule.
+            message names every such key with its value and the rule, and the changes that were made.
     """
     path = Path(path)
     try:
@@ -318,7 +332,9 @@ def load_recipe(path: Path | str) -> Recipe:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"the recipe {path} must be a mapping of keys, not {type(content).__name__}")
-    return parse_recipe(content, source=str(path))
+    made = changes_at_hand(changes)
+    content = apply_changes(content, made, is_text=_takes_text)
+    return parse_recipe(content, source=f"{path}, {in_words(made)}" if made else str(path))
 
 
 def parse_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
@@ -335,6 +351,17 @@ def parse_recipe(content: dict[str, Any], *, source: str = "recipe") -> Recipe:
         raise RecipeError(
             f"{source} cannot be used:\n" + "\n".join(_explain(fault) for fault in error.errors())
         ) from None
+
+
+def _takes_text(path: tuple[str, ...]) -> bool:
+    model: Any = Recipe
+    for part in path:
+        fields = {(field.alias or name): field for name, field in getattr(model, "model_fields", {}).items()}
+        if part not in fields:
+            return False
+        annotation = fields[part].annotation
+        model = settings_class(annotation)
+    return annotation is str or set(get_args(annotation)) == {str, type(None)}
 
 
 def _explain(fault: Any) -> str:
@@ -360,10 +387,3 @@ def _known_keys(location: tuple[Any, ...]) -> str:
         model = settings_class(fields[part].annotation)
     keys = [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
     return "the keys here are " + ", ".join(keys)
-
-
-def settings_class(annotation: Any) -> type[BaseModel] | None:
-    """Return the settings that a key of this type takes, one or a list of them; None: it takes a plain value."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for each in get_args(annotation) if (found := settings_class(each)) is not None), None)

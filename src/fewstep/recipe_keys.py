@@ -9,12 +9,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fewstep.recipe import Recipe, settings_class
+from fewstep.recipe import Recipe
+from fewstep.stage_settings import settings_class
 
 _HEAD = """# Recipes: every key
 
 One YAML file describes a whole workflow; the shipped ones are in `workflows/recipes/`. Unknown keys are errors, and all
 checks run before any work. This page is the output of `fewstep keys`.
+
+A recipe can stay unedited: `--set KEY=VALUE` and the lines of `$FEWSTEP_SET` change keys as it is loaded, and
+`$FEWSTEP_S3_BUCKET` and `$MLFLOW_TRACKING_URI` say where things are kept ([environment.md](environment.md)).
 
 | key | default | what it is |
 |---|---|---|

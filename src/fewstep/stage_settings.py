@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, field_validator, model_validator
 
@@ -281,3 +281,10 @@ class RegisterStage(StageSettings):
     name: str = Field("fewstep", min_length=1, description="registered model; its alias champion is what is served")
     num_inference_steps: int = Field(4, ge=1, description="the student that goes under this name; others get NAME-N")
     gate: GateSettings = Field(default_factory=GateSettings, description="what a student must reach to be champion")
+
+
+def settings_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings that a key of this type takes, one or a list of them; None: it takes a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := settings_class(each)) is not None), None)

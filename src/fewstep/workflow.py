@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +33,13 @@ def run_workflow(recipe: Recipe, workplace: Workplace, *, out: Path) -> dict[Sta
         recipe: the recipe.
         workplace: store and MLflow.
         out: local folder for the report.
+
+    Raises:
+        StorageError: nothing can be written to `out`: told before the work that it would be lost after.
     """
     begun = datetime.now(UTC)
+    if "evaluate" in recipe.stages:
+        _check_folder(out)
     with local_ray(recipe.cluster):
         return {name: run_stage(name, recipe, workplace, out=out, begun=begun) for name in recipe.stages}
 
@@ -59,13 +65,15 @@ def run_stage(
     if name not in recipe.stages:
         raise FewstepError(f"recipe {recipe.name} has no stage {name}; its stages are {', '.join(recipe.stages)}")
     storage, tracker = workplace.storage, workplace.tracker
-    # Registering is quick and finds what it did before; the registry may have moved on, which the store cannot tell.
-    found = find_artifact(recipe, storage, name) if name != "register" else None
+    # These are quick and find what they did before; the registry may have moved on, which the store cannot tell.
+    found = find_artifact(recipe, storage, name) if name not in ("register", "promote") else None
     if found is not None:
         check_same_data(name, recipe, found.facts, storage=storage)
         logger.info("%s: done already (%.0f s when it ran), skipped", name, found.seconds)
         _show(name, recipe, storage, out)
         return found
+    if name == "evaluate":
+        _check_folder(out)
     logger.info("%s …", name)
     digest = fingerprint(recipe, name)
     tags = {"fewstep.recipe": recipe.name, "fewstep.fingerprint": digest}
@@ -113,6 +121,18 @@ def run_stage(
     return Artifact(uri=artifact.uri, **storage.read_json(join(artifact.uri, DONE)))
 
 
+def _check_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"the report cannot be written to {out}: {error.strerror or error}. Name another folder with --out, or its "
+            "parent in $FEWSTEP_RUNS"
+        ) from error
+
+
 def _usage(uri: str, storage: Storage) -> Usage:
     """Return a meter that goes on from what a killed process of the same stage had used."""
 
@@ -130,7 +150,7 @@ def _show(name: StageName, recipe: Recipe, storage: Storage, out: Path) -> None:
     # The report lies in the store; a user whose local folder is gone gets it back.
     if name != "evaluate":
         return
-    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out)
     folder = stage_uri(recipe, storage, "evaluate")
     for info in storage.list(folder):
         file = info.uri.removeprefix(folder + "/")

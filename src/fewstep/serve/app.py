@@ -24,7 +24,7 @@ from fewstep.serve.api import EngineUnavailableError, QueueFullError, create_api
 from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
 from fewstep.serve.errors import InvalidRequestError
 from fewstep.serve.settings import ServeSettings
-from fewstep.storage import Storage, StorageSettings
+from fewstep.storage import Storage, StorageSettings, store_of_environment
 from fewstep.tracking.settings import TrackingSettings, fewstep_home
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class ServeArguments(BaseModel):
 
     serve: ServeSettings = Field(default_factory=ServeSettings, description="The service itself.")
     storage: StorageSettings | None = Field(
-        default=None, description="Object store for s3:// and registry models; unset when models are folders."
+        default=None,
+        description="Object store for s3:// and registry models; unset: that of $FEWSTEP_S3_BUCKET, or none.",
     )
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="Where the model registry is.")
 
@@ -182,5 +183,6 @@ def build(args: dict[str, Any]) -> Application:
         arguments = ServeArguments.model_validate(args)
     except ValidationError as error:
         raise RecipeError(f"the serve arguments cannot work: {error}") from error
-    storage = None if arguments.storage is None else Storage(arguments.storage)
+    store = arguments.storage or store_of_environment()
+    storage = None if store is None else Storage(store)
     return build_app(arguments.serve, storage=storage, tracking=arguments.tracking)

@@ -13,6 +13,7 @@ from fewstep.stages.evaluate import evaluate
 from fewstep.stages.guidance import guidance
 from fewstep.stages.prepare import prepare
 from fewstep.stages.progressive import progressive
+from fewstep.stages.promote import promote
 from fewstep.stages.register import register
 from fewstep.stages.teacher import teacher
 
@@ -26,4 +27,5 @@ STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
     "progressive": progressive,
     "evaluate": evaluate,
     "register": register,
+    "promote": promote,
 }

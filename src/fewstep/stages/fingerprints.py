@@ -62,8 +62,10 @@ def fingerprint(recipe: Recipe, stage: StageName) -> str:
             # Its batch size trains it.
             inputs["classifier"] = recipe.evaluate_classes.classifier.model_dump(mode="json", exclude={"num_threads"})
         inputs["alignment"] = split_fingerprint(recipe, "alignment")
-    else:
+    elif stage == "register":
         inputs |= {"settings": _dump(recipe.register_), "evaluate": fingerprint(recipe, "evaluate")}
+    else:
+        inputs["register"] = fingerprint(recipe, "register")
     return digest(inputs)
 
 

@@ -22,11 +22,15 @@ from fewstep.tracking.registry import Registry
 
 logger = logging.getLogger("fewstep")
 
+#: In place of an alias: of a version that was champion or candidate once and is neither now.
+NO_ALIAS = "without an alias"
+
 
 def register(context: StageContext) -> dict[str, Any]:
     """Register every evaluated student: the recipe's chosen one under NAME, the student for N steps under NAME-N.
 
-    Each gets the alias champion if it passes the gate, else candidate with the reason.
+    Each gets the alias champion if it passes the gate, else candidate with the reason. In a recipe that has the stage
+    promote each new version becomes the candidate, and only that stage, or a person, moves champion.
     """
     recipe, storage = context.recipe, context.storage
     settings = recipe.register_
@@ -64,10 +68,19 @@ def register(context: StageContext) -> dict[str, Any]:
                 code=trained[str(steps)].get("code"),
             )
         decision = decide(report, num_inference_steps=steps, settings=settings.gate)
-        alias = registry.promote(name, version, passed=decision.passed, reason="; ".join(decision.reasons))
+        reason = "; ".join(decision.reasons)
+        give_alias = registry.offer if "promote" in recipe.stages else registry.promote
+        alias = give_alias(name, version, passed=decision.passed, reason=reason)
         log = logger.info if decision.passed else logger.warning
-        log("models:/%s version %d is %s: %s", name, version, alias, "; ".join(decision.reasons))
-        versions[name] = {"version": version, "alias": alias, "num_inference_steps": steps, "reasons": decision.reasons}
+        verdict = "passed" if decision.passed else "failed"
+        log("models:/%s version %d %s the gate and is %s: %s", name, version, verdict, alias or NO_ALIAS, reason)
+        versions[name] = {
+            "version": version,
+            "alias": alias or NO_ALIAS,
+            "num_inference_steps": steps,
+            "passed": decision.passed,
+            "reasons": decision.reasons,
+        }
     return {"models": versions}
 
 

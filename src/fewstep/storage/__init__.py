@@ -6,7 +6,7 @@ that talks to an object store.
 
 from fewstep.storage.faults import ObjectChangedError, ObjectNotFoundError
 from fewstep.storage.local_files import disk_errors
-from fewstep.storage.settings import StorageSettings
+from fewstep.storage.settings import StorageSettings, store_of_environment
 from fewstep.storage.store import ObjectInfo, Storage, join, open_storage
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "disk_errors",
     "join",
     "open_storage",
+    "store_of_environment",
 ]

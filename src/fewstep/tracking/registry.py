@@ -29,6 +29,7 @@ CHAMPION = "champion"
 CANDIDATE = "candidate"
 FINGERPRINT_TAG = "fewstep.fingerprint"
 STEPS_TAG = "fewstep.num_inference_steps"
+GATE_TAG = "fewstep.gate"  # passed or failed
 REASON_TAG = "fewstep.gate_reason"
 REQUIRED_TAGS = ("num_inference_steps", "teacher", "data_digest", "fingerprint")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -57,6 +58,16 @@ class RegisteredModel:
         """Steps that the student was made for; None when it was registered by other hands."""
         text = self.tags.get(STEPS_TAG, "")
         return int(text) if text.isdigit() else None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the version passed its gate; None when nobody has judged it."""
+        return {"passed": True, "failed": False}.get(self.tags.get(GATE_TAG, ""))
+
+    @property
+    def reason(self) -> str:
+        """What the gate said."""
+        return self.tags.get(REASON_TAG, "")
 
 
 class Registry:
@@ -143,27 +154,61 @@ class Registry:
         rows = [Metric(key, float(value), now_ms, 0, model_id=model_id) for key, value in metrics.items()]
         self._client.log_batch(run.id, metrics=rows)
 
-    def set_alias(self, name: str, alias: str, version: int, *, reason: str | None = None) -> None:
-        """Points `alias` at `version`; `reason` (what the gate said) becomes a tag of the version."""
+    def set_alias(self, name: str, alias: str, version: int) -> int | None:
+        """Points `alias` at `version`; the version that it pointed at before, None when at none.
+
+        A version that becomes champion is no longer a candidate.
+        """
+        before = self.find(f"models:/{name}@{alias}")
         with failures(f"set alias {alias!r} of {name!r} to version {version}", self._tracker.settings):
-            if reason is not None:
-                self._client.set_model_version_tag(name, str(version), REASON_TAG, reason)
             self._client.set_registered_model_alias(name, alias, str(version))
+        if alias == CHAMPION:
+            self._take_alias(name, CANDIDATE, version)
+        return None if before is None else before.version
+
+    def _take_alias(self, name: str, alias: str, version: int) -> None:
+        """Take an alias from a version, if it has it."""
+        had = self.find(f"models:/{name}@{alias}")
+        if had is not None and had.version == version:
+            with failures(f"take alias {alias!r} from {name!r}", self._tracker.settings):
+                self._client.delete_registered_model_alias(name, alias)
 
     def promote(self, name: str, version: int, *, passed: bool, reason: str) -> str:
         """Makes `version` the champion if it `passed` the gate, else a candidate; the alias given.
 
-        A version that becomes champion is no longer a candidate, and the other way round; a failed one leaves another
-        version that is champion as it is.
+        One that fails a stricter gate than before is no longer champion; a failed one leaves another version that is
+        champion as it is.
         """
-        alias, other = (CHAMPION, CANDIDATE) if passed else (CANDIDATE, CHAMPION)
-        self.set_alias(name, alias, version, reason=reason)
-        # A version has one of the two: one that fails a stricter gate than before is no longer served.
-        had = self.find(f"models:/{name}@{other}")
-        if had is not None and had.version == version:
-            with failures(f"take alias {other!r} from {name!r}", self._tracker.settings):
-                self._client.delete_registered_model_alias(name, other)
+        self._judge(name, version, passed=passed, reason=reason)
+        alias = CHAMPION if passed else CANDIDATE
+        self.set_alias(name, alias, version)
+        if not passed:
+            self._take_alias(name, CHAMPION, version)
         return alias
+
+    def offer(self, name: str, version: int, *, passed: bool, reason: str) -> str | None:
+        """Makes a new `version` the candidate, whatever the gate said, and leaves the champion as it is; the alias that
+        the version has then, None when it has neither.
+
+        One that was judged before keeps the alias that it has: what was promoted and rolled back since, or followed by
+        a newer candidate, does not come back by being registered again.
+        """
+        model = self.get(f"models:/{name}/{version}")
+        alias = next((each for each in (CHAMPION, CANDIDATE) if each in model.aliases), None)
+        if alias is None and REASON_TAG not in model.tags:
+            waiting = self.find(f"models:/{name}@{CANDIDATE}")
+            if waiting is None or waiting.version < version:
+                self.set_alias(name, CANDIDATE, version)
+                alias = CANDIDATE
+        # After the alias: a version that was judged is not new, whenever this process is killed.
+        self._judge(name, version, passed=passed, reason=reason)
+        return alias
+
+    def _judge(self, name: str, version: int, *, passed: bool, reason: str) -> None:
+        """Write what the gate said to the version's tags."""
+        with failures(f"write the gate's verdict on version {version} of {name!r}", self._tracker.settings):
+            self._client.set_model_version_tag(name, str(version), GATE_TAG, "passed" if passed else "failed")
+            self._client.set_model_version_tag(name, str(version), REASON_TAG, reason)
 
     def find(self, uri: str) -> RegisteredModel | None:
         """The version behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; None when there is none."""
@@ -188,17 +233,20 @@ class Registry:
             return model
         name = _parse(uri)[0]
         versions = self.versions(name)
-        place = f"MLflow at {without_password(self._tracker.uri)}"
         if versions:
+            place = f"MLflow at {without_password(self._tracker.uri)}"
             have = "; ".join(
                 f"version {other.version}{' (' + ', '.join(other.aliases) + ')' if other.aliases else ''}"
                 for other in versions[:10]
             )
             raise TrackingError(f"{uri}: {place} has no such version of {name!r}. It has {have}.")
+        raise self._no_model(uri, name)
+
+    def _no_model(self, asked: str, name: str) -> TrackingError:
         names = ", ".join(repr(other) for other in self.names()[:10]) or "none at all"
-        raise TrackingError(
-            f"{uri}: {place} has no model {name!r}. It has {names}. Run a recipe that registers it, "
-            "or name another model."
+        return TrackingError(
+            f"{asked}: MLflow at {without_password(self._tracker.uri)} has no model {name!r}. It has {names}. Run a "
+            "recipe that registers it, or name another model."
         )
 
     def get_champion(self, name: str) -> RegisteredModel | None:
@@ -216,6 +264,13 @@ class Registry:
                 token = page.token
                 if not token:
                     return sorted(found)
+
+    def known_versions(self, name: str) -> list[RegisteredModel]:
+        """As `versions`, but TrackingError, naming the models there are, when there is none."""
+        found = self.versions(name)
+        if not found:
+            raise self._no_model(name, name)
+        return found
 
     def versions(self, name: str) -> list[RegisteredModel]:
         """All versions of `name` with their aliases, newest first; empty when there is no such model."""

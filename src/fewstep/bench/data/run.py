@@ -126,7 +126,7 @@ _IN_PIECES = StreamSettings(num_streams=_NUM_STREAMS, piece_bytes=2**20, shuffle
 def own_store() -> Iterator[Storage]:
     """Start an S3 server that keeps to the cores that `on_one_core` leaves it."""
     with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder, ExitStack() as ended:
-        settings = StorageSettings(home=Path(folder), bucket="bench")
+        settings = StorageSettings(kind="embedded", home=Path(folder), bucket="bench")
         with away_from_that_core():  # for the start alone: readers must not stay on the server's cores either
             storage = ended.enter_context(open_storage(settings))
         yield storage

@@ -21,7 +21,7 @@ import boto3
 import pytest
 import yaml
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 
 from fewstep.storage import Storage, StorageSettings, join
@@ -160,7 +160,7 @@ def _wait(look: Callable[[], Any], what: str, log: Path, timeout_s: float = 120)
             if found is not False:
                 return found
             error: Exception | None = None
-        except (OSError, ClientError, http.client.HTTPException) as failure:
+        except (OSError, BotoCoreError, ClientError, http.client.HTTPException) as failure:
             error = failure
         assert time.monotonic() < deadline, f"{what}: {error}\n{log.read_text()[-3000:]}"
         time.sleep(0.2)

@@ -43,7 +43,7 @@ def steps() -> Iterator[tuple[str, Manifest]]:
             runs["workflows/monthly.yaml"] = monthly()
         for path, run in runs.items():
             for step in walk(run, template):
-                if "resource" in step.template:
+                if step.runs and "resource" in step.template:
                     yield f"{path} on {overlay}", step.manifest
 
 

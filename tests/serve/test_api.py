@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from fewstep.errors import RecipeError
 from fewstep.models import load_parts, read_student_info
 from fewstep.serve.api import EngineUnavailableError, create_api
 from fewstep.serve.app import build
-from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
+from fewstep.serve.catalog import Catalog, GeneratedImage, ImageRequest
 from fewstep.serve.engine import Engine, Student, make_card
 from fewstep.serve.settings import ServeSettings
 from tiny import tiny_student_folder
@@ -28,7 +27,7 @@ class LocalBackend:
         self.engine, self.delay_s, self.loaded = engine, delay_s, loaded
         self.drawn = 0
 
-    async def catalog(self) -> Sequence[StudentCard]:
+    async def catalog(self, *, fresh: bool = False) -> Catalog:
         if not self.loaded:
             raise EngineUnavailableError
         return self.engine.catalog

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fewstep.errors import SamplingError
-from fewstep.serve.catalog import StudentCard, find_models, resolve
+from fewstep.serve.catalog import Catalog, NotLoadedError, StudentCard, find_models, resolve
 from fewstep.serve.errors import InvalidRequestError
 
 
@@ -17,7 +17,8 @@ def card(model_id: str, steps: int, version: str | None = None) -> StudentCard:
     )  # fmt: skip
 
 
-CATALOG = [card("emoji", 4, "3"), card("emoji", 2, "4"), card("fast", 1)]
+CARDS = (card("emoji", 4, "3"), card("emoji", 2, "4"), card("fast", 1))
+CATALOG = Catalog(CARDS)
 
 
 def choose(
@@ -27,13 +28,13 @@ def choose(
 
 
 def test_the_first_student_and_its_guidance_are_the_default() -> None:
-    assert choose() == (CATALOG[0], 3.0)
+    assert choose() == (CARDS[0], 3.0)
 
 
 def test_the_step_count_chooses_among_all_or_within_the_model() -> None:
-    assert choose(steps=1)[0] is CATALOG[2]
-    assert choose("emoji", 2)[0] is CATALOG[1]
-    assert choose("emoji@4")[0] is CATALOG[1]
+    assert choose(steps=1)[0] is CARDS[2]
+    assert choose("emoji", 2)[0] is CARDS[1]
+    assert choose("emoji@4")[0] is CARDS[1]
 
 
 def test_a_wrong_step_count_lists_the_right_ones() -> None:
@@ -53,11 +54,11 @@ def test_guidance_out_of_range_names_the_range_unless_it_is_meant(guidance: floa
     with pytest.raises(InvalidRequestError, match=r'outside 1 … 5.*"extrapolate": true'):
         choose(guidance=guidance)
     settings = {"model": None, "num_inference_steps": None, "guidance_scale": guidance}
-    assert resolve(CATALOG, **settings, extrapolate=True) == (CATALOG[0], guidance)
+    assert resolve(CATALOG, **settings, extrapolate=True) == (CARDS[0], guidance)
 
 
 def test_a_student_of_one_weight_has_nothing_to_extrapolate() -> None:
-    single = [replace(CATALOG[0], w_min=2.0, w_max=2.0)]
+    single = Catalog((replace(CARDS[0], w_min=2.0, w_max=2.0),))
     settings = {"model": None, "num_inference_steps": None, "extrapolate": True}
     assert resolve(single, guidance_scale=3.0, **settings)[1] == 3.0
     with pytest.raises(InvalidRequestError, match="no effect on emoji, which was made for 3 alone"):

@@ -49,6 +49,29 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
     assert (caught.value.code, caught.value.status) == ("model_not_found", 404)
 
 
+def test_a_version_that_has_gone_names_the_one_that_came() -> None:
+    with pytest.raises(
+        InvalidRequestError, match="'fast@1' is not served here, another version is: name fast@2, or fast "
+    ):
+        find_models(Catalog((card("fast", 1, "2"),)), "fast@1")
+
+
+def test_a_model_without_a_version_is_waited_for_and_hides_no_other() -> None:
+    uri = "models:/slow@champion"
+    waiting = Catalog((card("fast", 1),), (uri,))
+    assert find_models(waiting, None) == [card("fast", 1)]
+    for name in ("slow", "slow@2"):
+        with pytest.raises(NotLoadedError, match=f"There is no version of {uri} yet"):
+            find_models(waiting, name)
+    with pytest.raises(NotLoadedError, match=uri):
+        find_models(Catalog((), (uri,)), None)
+    with pytest.raises(InvalidRequestError, match="use one of fast, slow"):
+        find_models(waiting, "dall-e-3")
+    other_alias = Catalog((card("slow", 1, "3"),), (uri,))
+    with pytest.raises(InvalidRequestError, match="name slow@3"):
+        find_models(other_alias, "slow@2")
+
+
 @pytest.mark.parametrize("guidance", [0.9, 5.1])
 def test_guidance_out_of_range_names_the_range_unless_it_is_meant(guidance: float) -> None:
     with pytest.raises(InvalidRequestError, match=r'outside 1 … 5.*"extrapolate": true'):

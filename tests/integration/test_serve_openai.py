@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
+import math
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,8 +19,10 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import ray
 from PIL import Image
 from ray import serve
+from safetensors.torch import load_file, save_file
 
 from fewstep.errors import FewstepError, ModelError
 from fewstep.serve.server import APPLICATION, RunningServer, run_server
@@ -28,23 +34,33 @@ from fewstep.tracking.tracker import Tracker
 from tiny import tiny_student_folder
 
 MAX_BATCH = 4
+WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(
-    ray_cluster: Any, storage: Storage, new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    """A registered student of four steps whose files lie in S3, and one of one step in a folder."""
-    root = tmp_path_factory.mktemp("students")
-    tracking = TrackingSettings(uri=new_database(), experiment="serve")
-    tracker = Tracker.open(tracking, storage)
-    tags = {"num_inference_steps": "4", "teacher": "tiny", "data_digest": "d", "fingerprint": "f"}
+def registry(storage: Storage, new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """A student of four steps whose files lie in S3; version 1 is champion, 2 is another and 3 draws nothing finite."""
+    tracker = Tracker.open(TrackingSettings(uri=new_database(), experiment="serve"), storage)
+    folder = tiny_student_folder(tmp_path_factory.mktemp("registered") / "student", num_inference_steps=4)
     with tracker.run("register", key="register") as run:
-        folder = tiny_student_folder(root / "registered", num_inference_steps=4)
-        version = Registry(tracker).log_student(run, folder, name="emoji-4", params={}, tags=tags, metrics={})
-    Registry(tracker).set_alias("emoji-4", "champion", version)
+        for more in (0.0, 1.0, math.nan):
+            weights = load_file(folder / WEIGHTS)
+            weights["conv_out.bias"] += more
+            save_file(weights, folder / WEIGHTS)
+            tags = {"num_inference_steps": "4", "teacher": "tiny", "data_digest": "d", "fingerprint": str(more)}
+            Registry(tracker).log_student(run, folder, name="emoji-4", params={}, tags=tags, metrics={})
+    Registry(tracker).set_alias("emoji-4", "champion", 1)
+    return Registry(tracker)
+
+
+@pytest.fixture(scope="module")
+def server(
+    ray_cluster: Any, registry: Registry, storage: Storage, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """The champion, and a student of one step in a folder."""
+    root = tmp_path_factory.mktemp("students")
     settings = ServeSettings(
         models=("models:/emoji-4@champion", str(tiny_student_folder(root / "emoji-1", num_inference_steps=1))),
         port=0,
@@ -54,9 +70,10 @@ def server(
         max_queued_images=24,
         num_cpus=0.5,
         num_threads=1,
+        reload_every_s=0.5,
     )
     lines: list[str] = []
-    running = run_server(settings, storage=storage, tracking=tracking, announce=lines.append)
+    running = run_server(settings, storage=storage, tracking=registry._tracker.settings, announce=lines.append)
     assert len(lines) == 1
     assert f"{running.url}/v1" in lines[0]
     yield running
@@ -259,6 +276,83 @@ def test_overload_is_refused_with_429_and_the_rest_is_answered(client: openai.Op
     assert {(error.code, error.response.headers["retry-after"]) for error in refusals} == {("queue_full", "1")}
     assert {answer for answer in answers if isinstance(answer, int)} == {8}
     assert client.images.generate(prompt="a red apple").data
+
+
+def figures() -> str:
+    """What Prometheus reads from Ray."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def figure(name: str, **tags: str) -> float | None:
+    """The sum of a figure over its lines with all these tags; None when there are none."""
+    wanted = [f'{tag}="{value}"' for tag, value in tags.items()]
+    lines = [line for line in figures().splitlines() if line.startswith(f"ray_fewstep_serve_{name}{{")]
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if all(tag in line for tag in wanted)]
+    return sum(values) if values else None
+
+
+def wait_until(is_so: Callable[[], Any], timeout_s: float = 60.0) -> float:
+    """Seconds until something is so."""
+    began_s = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - began_s < timeout_s
+        time.sleep(0.1)
+    return time.monotonic() - began_s
+
+
+def test_the_alias_is_followed_under_load_and_a_broken_version_refused(
+    client: openai.OpenAI, registry: Registry
+) -> None:
+    drawn: list[str] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            answer = client.images.generate(prompt="a red apple", n=2, model="emoji-4", extra_body={"seed": 3})
+            drawn.append(answer.model)  # type: ignore[attr-defined]
+
+    def serves(version: int) -> Callable[[], bool]:
+        return lambda: client.models.retrieve("emoji-4").version == str(version)  # type: ignore[attr-defined]
+
+    picture = client.images.generate(prompt="a red apple", model="emoji-4", extra_body={"seed": 3}).data
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask) for _ in range(2)]
+        try:
+            registry.set_alias("emoji-4", "champion", 2)
+            took_s = [wait_until(serves(2))]
+            with pytest.raises(openai.NotFoundError, match="another version is: name emoji-4@2"):
+                client.images.generate(prompt="a red apple", model="emoji-4@1")
+            registry.set_alias("emoji-4", "champion", 3)
+            wait_until(lambda: figure("reload_failures_total", model="emoji-4"))
+            assert serves(2)()
+            registry.set_alias("emoji-4", "champion", 1)
+            took_s.append(wait_until(serves(1)))
+            count = len(drawn)
+            wait_until(lambda: len(drawn) > count + 4)
+        finally:
+            ended.set()
+        for task in asking:
+            task.result()  # no request has failed
+    order = [version for version, _ in itertools.groupby(sorted_out(drawn))]
+    assert order == ["emoji-4@1", "emoji-4@2", "emoji-4@1"]
+    again = client.images.generate(prompt="a red apple", model="emoji-4", extra_body={"seed": 3}).data
+    assert picture is not None
+    assert again is not None
+    assert png(picture[0]) == png(again[0]), "rolled back to the bit"
+    assert max(took_s) < 30
+    wait_until(lambda: figure("reloads_total", model="emoji-4") == 2)
+    wait_until(lambda: figure("model_version", uri="models:/emoji-4@champion") == 1)
+    for name in ("request_seconds_count", "draw_seconds_count", "batch_size_sum"):
+        assert figure(name, model="emoji-4")
+    assert figure("request_seconds_count", code="429") or figure("request_seconds_count", code="404")
+    assert figure("queued_images") is not None
+
+
+def sorted_out(labels: list[str]) -> list[str]:
+    """The labels without those that answers of two threads may have swapped at a change."""
+    return [b for a, b, c in zip(labels, labels[1:], labels[2:], strict=False) if b in (a, c)]
 
 
 @pytest.mark.long

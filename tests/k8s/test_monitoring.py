@@ -6,7 +6,7 @@ import re
 from k8s.all_objects import named_objects
 from k8s.rendered import REPO, Manifest, find
 
-_NAME = re.compile(r"ray_(fewstep_\w+?)(?:_bucket|_count|_sum)?\b")
+_NAME = re.compile(r"ray_(fewstep_\w+?)(?:_bucket|_count|_sum|_total)?\b")
 
 
 def _objects() -> list[Manifest]:

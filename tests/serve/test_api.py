@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from fewstep.errors import RecipeError
 from fewstep.models import load_parts, read_student_info
 from fewstep.serve.api import EngineUnavailableError, create_api
 from fewstep.serve.app import build
-from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
+from fewstep.serve.catalog import Catalog, GeneratedImage, ImageRequest
 from fewstep.serve.engine import Engine, Student, make_card
 from fewstep.serve.settings import ServeSettings
+from fewstep.serve.watch import RequestWatch
 from tiny import tiny_student_folder
 
 
@@ -28,7 +29,7 @@ class LocalBackend:
         self.engine, self.delay_s, self.loaded = engine, delay_s, loaded
         self.drawn = 0
 
-    async def catalog(self) -> Sequence[StudentCard]:
+    async def catalog(self, *, fresh: bool = False) -> Catalog:
         if not self.loaded:
             raise EngineUnavailableError
         return self.engine.catalog
@@ -102,6 +103,81 @@ def test_without_an_engine_everything_says_not_ready(engine: Engine) -> None:
         assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "not_ready", "2")
 
 
+def test_before_the_first_version_the_answer_says_what_is_waited_for(engine: Engine) -> None:
+    engine.install([], waiting=["models:/emoji@champion"])
+    app = create_api(LocalBackend(engine), ServeSettings())
+    for method, path, body in [
+        ("GET", "/healthz", None), ("GET", "/v1/models", None), ("POST", "/v1/images/generations", {"prompt": "a"})
+    ]:  # fmt: skip
+        status, headers, answer = asyncio.run(call(app, method, path, body))
+        assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "not_ready", "2")
+        assert answer["error"]["message"].startswith("There is no version of models:/emoji@champion yet")
+
+
+class TwoVersions(LocalBackend):
+    """An engine that goes over to another version after its first picture, and is known by an old catalog."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        (first,) = engine.students
+        self.old = engine.catalog
+        self.next = replace(first, card=replace(first.card, version="2", id="emoji"))
+        self.asked = 0
+
+    async def catalog(self, *, fresh: bool = False) -> Catalog:
+        self.asked += fresh
+        return self.engine.catalog if fresh else self.old
+
+    async def generate(self, request: ImageRequest) -> GeneratedImage:
+        image = await super().generate(request)
+        self.engine.install([self.next])
+        return image
+
+
+def test_pictures_of_two_versions_in_one_answer_are_told_apart(engine: Engine) -> None:
+    backend = TwoVersions(engine)
+    status, _, body = post(backend, {"prompt": "a red apple", "n": 2})
+    assert status == 200
+    assert [image["model"] for image in body["data"]] == ["emoji", "emoji@2"]
+    assert "Another version took over" in body["warnings"][0]
+    status, _, body = post(backend, {"prompt": "a red apple", "n": 2})
+    assert (status, body["model"], "warnings" in body, "model" in body["data"][0]) == (200, "emoji@2", False, False)
+
+
+def test_a_request_is_not_refused_by_an_old_catalog(engine: Engine) -> None:
+    backend = TwoVersions(engine)
+    engine.install([backend.next])
+    status, _, body = post(backend, {"prompt": "a red apple", "model": "emoji@2"})
+    assert (status, body["model"], backend.asked) == (200, "emoji@2", 1)
+
+
+class Seen(RequestWatch):
+    def __init__(self) -> None:
+        self.answers: list[tuple[str, str]] = []
+        self.queue: list[int] = []
+
+    def answered(self, *, model: str, code: str, seconds: float) -> None:
+        assert seconds > 0
+        self.answers.append((model, code))
+
+    def queued(self, images: int) -> None:
+        self.queue.append(images)
+
+
+def test_requests_are_counted_by_model_and_status(engine: Engine) -> None:
+    seen = Seen()
+    app = create_api(LocalBackend(engine), ServeSettings(), seen)
+    for body in ({"prompt": "a", "n": 3}, {"prompt": "a", "size": "9x9"}, {"prompt": "a", "model": "x"}, {}):
+        asyncio.run(call(app, "POST", "/v1/images/generations", body))
+    asyncio.run(call(app, "GET", "/healthz"))
+    assert seen.answers == [("emoji", "200"), ("emoji", "400"), ("", "404"), ("", "400")]
+    assert seen.queue == [3, 0]
+    engine.students[0].parts.unet.conv_in = torch.nn.Conv2d(3, 16, 3)
+    asyncio.run(call(app, "POST", "/v1/images/generations", {"prompt": "a"}))
+    assert seen.answers[-1] == ("emoji", "500")
+    assert seen.queue[-1] == 0
+
+
 def test_a_request_beyond_the_queue_is_refused_whole_and_room_comes_back(engine: Engine) -> None:
     backend = LocalBackend(engine, delay_s=0.05)
     app = create_api(backend, ServeSettings(max_queued_images=10))
@@ -151,6 +227,10 @@ def test_build_takes_the_arguments_of_a_ray_service_and_refuses_typos() -> None:
         {"serve": {"models": ["asset:x"], "num_cpus": 0.5}, "storage": {"kind": "s3", "bucket": "models"}}
     )
     assert type(application).__name__ == "Application"
+    scaled = build({"serve": {"autoscaling": {"max_replicas": 3}, "max_batch_size": 6}})
+    engine = scaled._bound_deployment.init_args[0]._bound_deployment
+    scaling = engine._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 6)
     with pytest.raises(RecipeError, match="model\n"):
         build({"serve": {"model": "asset:x"}})
 
@@ -160,6 +240,9 @@ def test_build_takes_the_arguments_of_a_ray_service_and_refuses_typos() -> None:
     [
         ({"max_batch_size": 100}, "batches could never fill"),
         ({"models": ("a", "a")}, "names a model twice"),
+        ({"autoscaling": {"max_replicas": 2}, "num_replicas": 2}, "num_replicas=2 and autoscaling are both set"),
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "max_replicas=2 is below min_replicas=3"),
+        ({"wait_for_models": True, "reload_every_s": 0}, "wait_for_models needs reload_every_s above 0"),
         ({"max_queued_images": 9}, "greater than or equal to 10"),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fewstep.errors import SamplingError
-from fewstep.serve.catalog import StudentCard, find_models, resolve
+from fewstep.serve.catalog import Catalog, NotLoadedError, StudentCard, find_models, resolve
 from fewstep.serve.errors import InvalidRequestError
 
 
@@ -17,7 +17,8 @@ def card(model_id: str, steps: int, version: str | None = None) -> StudentCard:
     )  # fmt: skip
 
 
-CATALOG = [card("emoji", 4, "3"), card("emoji", 2, "4"), card("fast", 1)]
+CARDS = (card("emoji", 4, "3"), card("emoji", 2, "4"), card("fast", 1))
+CATALOG = Catalog(CARDS)
 
 
 def choose(
@@ -27,13 +28,13 @@ def choose(
 
 
 def test_the_first_student_and_its_guidance_are_the_default() -> None:
-    assert choose() == (CATALOG[0], 3.0)
+    assert choose() == (CARDS[0], 3.0)
 
 
 def test_the_step_count_chooses_among_all_or_within_the_model() -> None:
-    assert choose(steps=1)[0] is CATALOG[2]
-    assert choose("emoji", 2)[0] is CATALOG[1]
-    assert choose("emoji@4")[0] is CATALOG[1]
+    assert choose(steps=1)[0] is CARDS[2]
+    assert choose("emoji", 2)[0] is CARDS[1]
+    assert choose("emoji@4")[0] is CARDS[1]
 
 
 def test_a_wrong_step_count_lists_the_right_ones() -> None:
@@ -48,16 +49,39 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
     assert (caught.value.code, caught.value.status) == ("model_not_found", 404)
 
 
+def test_a_version_that_has_gone_names_the_one_that_came() -> None:
+    with pytest.raises(
+        InvalidRequestError, match="'fast@1' is not served here, another version is: name fast@2, or fast "
+    ):
+        find_models(Catalog((card("fast", 1, "2"),)), "fast@1")
+
+
+def test_a_model_without_a_version_is_waited_for_and_hides_no_other() -> None:
+    uri = "models:/slow@champion"
+    waiting = Catalog((card("fast", 1),), (uri,))
+    assert find_models(waiting, None) == [card("fast", 1)]
+    for name in ("slow", "slow@2"):
+        with pytest.raises(NotLoadedError, match=f"There is no version of {uri} yet"):
+            find_models(waiting, name)
+    with pytest.raises(NotLoadedError, match=uri):
+        find_models(Catalog((), (uri,)), None)
+    with pytest.raises(InvalidRequestError, match="use one of fast, slow"):
+        find_models(waiting, "dall-e-3")
+    other_alias = Catalog((card("slow", 1, "3"),), (uri,))
+    with pytest.raises(InvalidRequestError, match="name slow@3"):
+        find_models(other_alias, "slow@2")
+
+
 @pytest.mark.parametrize("guidance", [0.9, 5.1])
 def test_guidance_out_of_range_names_the_range_unless_it_is_meant(guidance: float) -> None:
     with pytest.raises(InvalidRequestError, match=r'outside 1 … 5.*"extrapolate": true'):
         choose(guidance=guidance)
     settings = {"model": None, "num_inference_steps": None, "guidance_scale": guidance}
-    assert resolve(CATALOG, **settings, extrapolate=True) == (CATALOG[0], guidance)
+    assert resolve(CATALOG, **settings, extrapolate=True) == (CARDS[0], guidance)
 
 
 def test_a_student_of_one_weight_has_nothing_to_extrapolate() -> None:
-    single = [replace(CATALOG[0], w_min=2.0, w_max=2.0)]
+    single = Catalog((replace(CARDS[0], w_min=2.0, w_max=2.0),))
     settings = {"model": None, "num_inference_steps": None, "extrapolate": True}
     assert resolve(single, guidance_scale=3.0, **settings)[1] == 3.0
     with pytest.raises(InvalidRequestError, match="no effect on emoji, which was made for 3 alone"):

@@ -155,9 +155,9 @@ def test_two_students_that_no_request_could_tell_apart_are_refused(folders: list
 def test_engine_from_settings_names_models_by_their_folders(folders: list[Path]) -> None:
     settings = ServeSettings(models=tuple(str(folder) for folder in folders), dtype="float32")
     engine = load_engine(settings, storage=None, tracking=TrackingSettings())
-    assert [card.label for card in engine.catalog] == ["emoji-4", "emoji-1"]
-    assert engine.catalog[0].size == "16x16"
-    assert engine.catalog[0].guidance_scale_range == (1.0, 7.0)
+    assert [card.label for card in engine.catalog.students] == ["emoji-4", "emoji-1"]
+    assert engine.catalog.students[0].size == "16x16"
+    assert engine.catalog.students[0].guidance_scale_range == (1.0, 7.0)
     assert engine.generate([request(1)])[0].guidance_scale == 4.0
 
 

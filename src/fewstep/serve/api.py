@@ -9,14 +9,23 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard, find_models, resolve
+from fewstep.serve.catalog import (
+    Catalog,
+    GeneratedImage,
+    ImageRequest,
+    NotLoadedError,
+    StudentCard,
+    find_models,
+    resolve,
+)
 from fewstep.serve.encode import Provenance, encode_image
 from fewstep.serve.errors import InvalidRequestError, error_response, install_error_handlers, overloaded
 from fewstep.serve.settings import ServeSettings
+from fewstep.serve.watch import RequestWatch, TimedRequests
 from fewstep.serve.wire import (
     SEED_BOUND,
     ErrorBody,
@@ -31,32 +40,42 @@ from fewstep.serve.wire import (
     Usage,
 )
 
+_GENERATIONS = "/v1/images/generations"
+
 
 class QueueFullError(Exception):
     """The engines have as much waiting work as they may have."""
 
 
 class EngineUnavailableError(Exception):
-    """No engine can answer now: it is loading, or was lost and is being replaced."""
+    """No engine can answer now: it is loading, or was lost and is being replaced. Its text, if any, says more."""
 
 
 class Backend(Protocol):
     """What the routes need: engines somewhere."""
 
-    async def catalog(self) -> Sequence[StudentCard]:
-        """Return the loaded students, default first; EngineUnavailableError when none is loaded yet."""
+    async def catalog(self, *, fresh: bool = False) -> Catalog:
+        """Return what is served, `fresh` or a few seconds old. EngineUnavailableError before an engine has come up."""
 
     async def generate(self, request: ImageRequest) -> GeneratedImage:
-        """Return one picture. Raises InvalidRequestError, QueueFullError or EngineUnavailableError."""
+        """Return one picture. Raises InvalidRequestError, NotLoadedError, QueueFullError or EngineUnavailableError."""
 
     async def ready(self) -> bool:
         """Return whether an engine has its models loaded."""
 
 
-def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
-    """Return the app: POST /v1/images/generations, GET /v1/models, /v1/models/{id}, /healthz, and /docs."""
+def create_api(backend: Backend, settings: ServeSettings, watch: RequestWatch | None = None) -> FastAPI:
+    """Return the app: POST /v1/images/generations, GET /v1/models, /v1/models/{id}, /healthz, and /docs.
+
+    Args:
+        backend: what draws.
+        settings: the service.
+        watch: told of every request for pictures.
+    """
+    watch = watch or RequestWatch()
     app = FastAPI(title="fewstep", description="Few-step text-to-image students over the OpenAI Images API.")
     install_error_handlers(app)
+    app.add_middleware(TimedRequests, watch=watch, path=_GENERATIONS)
     # Counted here, request by request: Serve's own limit is per picture and would let half of a request in.
     in_flight_images = 0
     failures: dict[int | str, dict[str, Any]] = {
@@ -65,22 +84,30 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
             400: "A field is missing, unknown or has a value that the model was not made for.",
             404: "The model is not served here.",
             429: "The queue is full; retry after the time in retry-after.",
-            503: "No engine is loaded yet.",
+            503: "No engine is loaded yet, or the model has no version yet.",
             504: "Not drawn within the server's time limit.",
         }.items()
     }
 
-    @app.post("/v1/images/generations", response_model=ImagesResponse, responses=failures)
-    async def generate_images(body: ImageGenerationRequest) -> Response:
+    def count(images: int) -> None:
         nonlocal in_flight_images
-        catalog = await backend.catalog()
-        student, guidance_scale = resolve(
-            catalog,
-            model=body.model,
-            num_inference_steps=body.num_inference_steps,
-            guidance_scale=body.guidance_scale,
-            extrapolate=bool(body.extrapolate),
-        )
+        in_flight_images += images
+        watch.queued(in_flight_images)
+
+    @app.post(_GENERATIONS, response_model=ImagesResponse, responses=failures)
+    async def generate_images(body: ImageGenerationRequest, http: Request) -> Response:
+        asked: dict[str, Any] = {
+            "model": body.model,
+            "num_inference_steps": body.num_inference_steps,
+            "guidance_scale": body.guidance_scale,
+            "extrapolate": bool(body.extrapolate),
+        }
+        try:
+            student, _ = resolve(await backend.catalog(), **asked)
+        except (InvalidRequestError, NotLoadedError):
+            # Perhaps the right answer a moment ago.
+            student, _ = resolve(await backend.catalog(fresh=True), **asked)
+        http.state.model = student.id
         check_size(body.size, student)
         output_format, quality = check_output(body)
         n = body.n or 1
@@ -90,18 +117,9 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
                 f"{settings.max_queued_images}: try again in a moment."
             )
         seed = secrets.randbelow(SEED_BOUND) if body.seed is None else body.seed
-        requests = [
-            ImageRequest(
-                prompt=body.prompt,
-                seed=(seed + k) % SEED_BOUND,
-                model=student.label,
-                num_inference_steps=student.num_inference_steps,
-                guidance_scale=guidance_scale,
-                extrapolate=bool(body.extrapolate),
-            )
-            for k in range(n)
-        ]
-        in_flight_images += n
+        # What was asked, and not the student that was found for it: the engine may have gone on to another version.
+        requests = [ImageRequest(prompt=body.prompt, seed=(seed + k) % SEED_BOUND, **asked) for k in range(n)]
+        count(n)
         try:
             async with asyncio.timeout(settings.request_timeout_s):
                 images = await _generate_all(backend, requests)
@@ -112,37 +130,36 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
                 code="timeout",
             )
         finally:
-            in_flight_images -= n
+            count(-n)
         # Compression and base64 take longer than all the rest of the route; other requests must go on meanwhile.
-        content = await asyncio.to_thread(_answer, body, student, images, output_format, quality)
+        content = await asyncio.to_thread(_answer, body, images, output_format, quality)
         return Response(content, media_type="application/json")
 
     @app.get("/v1/models", response_model=ModelList, responses={503: failures[503]})
     async def list_models() -> ModelList:
-        return ModelList(data=_models(await backend.catalog()))
+        return ModelList(data=_models(find_models(await backend.catalog(fresh=True), None)))
 
     @app.get("/v1/models/{model_id:path}", response_model=Model, responses={k: failures[k] for k in (404, 503)})
     async def retrieve_model(model_id: str) -> Model:
-        return _models(find_models(await backend.catalog(), model_id))[0]
+        return _models(find_models(await backend.catalog(fresh=True), model_id))[0]
 
-    @app.get("/healthz", response_model=Health, responses={503: failures[503]})
+    @app.get("/healthz", response_model=Health, response_model_exclude_none=True, responses={503: failures[503]})
     async def healthz() -> Health:
         if not await backend.ready():
             raise EngineUnavailableError
-        return Health(models=list(dict.fromkeys(card.id for card in await backend.catalog())))
+        catalog = await backend.catalog()
+        models = dict.fromkeys(card.id for card in find_models(catalog, None))
+        return Health(models=list(models), waiting=list(catalog.waiting) or None)
 
     @app.exception_handler(QueueFullError)
     async def on_queue_full(*_: Any) -> JSONResponse:
         return overloaded("The engines' queue is full: try again in a moment.")
 
+    @app.exception_handler(NotLoadedError)
     @app.exception_handler(EngineUnavailableError)
-    async def on_unavailable(*_: Any) -> JSONResponse:
-        return error_response(
-            503,
-            "No engine has its models loaded yet: try again in a moment.",
-            code="not_ready",
-            headers={"retry-after": "2"},
-        )
+    async def on_unavailable(_: Request, error: Exception) -> JSONResponse:
+        message = str(error) or "No engine has its models loaded yet: try again in a moment."
+        return error_response(503, message, code="not_ready", headers={"retry-after": "2"})
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -205,12 +222,13 @@ async def _generate_all(backend: Backend, requests: Sequence[ImageRequest]) -> l
 
 def _answer(
     body: ImageGenerationRequest,
-    student: StudentCard,
     images: Sequence[GeneratedImage],
     output_format: OutputFormat,
     quality: int,
 ) -> bytes:
     data = []
+    first = images[0]
+    is_mixed = any(generated.model != first.model for generated in images)
     for generated in images:
         provenance = Provenance(
             prompt=body.prompt,
@@ -222,9 +240,20 @@ def _answer(
         encoded = encode_image(
             Image.fromarray(generated.pixels), provenance, output_format=output_format, quality=quality
         )
-        data.append(ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), seed=generated.seed))
-    first = images[0]
+        data.append(
+            ImageData(
+                b64_json=base64.b64encode(encoded).decode("ascii"),
+                seed=generated.seed,
+                model=generated.model if is_mixed else None,
+            )
+        )
     warnings = []
+    if is_mixed:
+        warnings.append(
+            "Another version took over while this request was drawn: 'model' of each picture says by which it is. To "
+            "have all by one, name it as id@version."
+        )
+    height, width = first.pixels.shape[:2]
     if first.prompt_tokens_cut:
         warnings.append(
             f"The prompt was cut after {first.prompt_tokens} tokens, the most that the text encoder takes; "
@@ -235,7 +264,7 @@ def _answer(
         data=data,
         output_format=output_format,
         quality=body.quality if body.quality not in (None, "auto") else "standard",
-        size=student.size,
+        size=f"{width}x{height}",
         model=first.model,
         num_inference_steps=first.num_inference_steps,
         guidance_scale=first.guidance_scale,

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +23,25 @@ from ray.serve.schema import ReplicaState
 
 from fewstep.errors import RecipeError
 from fewstep.serve.api import EngineUnavailableError, QueueFullError, create_api
-from fewstep.serve.catalog import GeneratedImage, ImageRequest, StudentCard
+from fewstep.serve.catalog import Catalog, GeneratedImage, ImageRequest, NotLoadedError
 from fewstep.serve.errors import InvalidRequestError
+from fewstep.serve.metrics import EngineMetrics, RequestMetrics
 from fewstep.serve.settings import ServeSettings
 from fewstep.storage import Storage, StorageSettings, store_of_environment
 from fewstep.tracking.settings import TrackingSettings, fewstep_home
 
 if TYPE_CHECKING:
-    from fewstep.serve.engine import Engine
+    from fewstep.serve.engine import Engine, Student
+
+logger = logging.getLogger("fewstep.serve")
 
 ENGINE = "Engine"
+#: Longest wait in seconds for the first answer of an engine that is up.
 _CATALOG_TIMEOUT_S = 30.0
+#: Age in seconds at which an engine is asked again what it serves, and the longest wait for that.
+_CATALOG_AGE_S, _REFRESH_TIMEOUT_S = 2.0, 0.25
+#: The same before a request is refused and for /v1/models.
+_FRESH_S, _FRESH_TIMEOUT_S = 0.2, 2.0
 
 
 @serve.deployment(name=ENGINE)
@@ -40,26 +50,30 @@ class EngineReplica:
 
     def __init__(self, settings: ServeSettings, storage: Storage | None, tracking: TrackingSettings) -> None:
         # Here and not above: the HTTP process shares this module and has no use for torch.
-        from fewstep.serve.engine import load_engine
+        from fewstep.serve.reload import open_engine
 
-        self.engine: Engine = load_engine(settings, storage=storage, tracking=tracking)
+        self.engine: Engine
+        self.engine, follower = open_engine(settings, storage=storage, tracking=tracking, watch=EngineMetrics())
         # One thread: the device runs one batch at a time, and the event loop stays free to fill the next one.
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._batch.set_max_batch_size(settings.max_batch_size)  # type: ignore[attr-defined]
         self._batch.set_batch_wait_timeout_s(settings.batch_wait_timeout_s)  # type: ignore[attr-defined]
+        follower.start()
 
     async def generate(self, request: ImageRequest) -> GeneratedImage:
-        """Return one picture; InvalidRequestError before it can take its batch-mates down with it."""
-        self.engine.check(request)
-        return await self._batch(request)
+        """Return one picture; InvalidRequestError before it can take its batch-mates down with it.
+
+        The student is chosen here, so that a version that takes over before the batch runs fails nothing.
+        """
+        return await self._batch((self.engine.check(request), request))
 
     @serve.batch
-    async def _batch(self, requests: list[ImageRequest]) -> list[GeneratedImage]:
-        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self.engine.generate, requests)
+    async def _batch(self, jobs: list[tuple[Student, ImageRequest]]) -> list[GeneratedImage]:
+        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self.engine.draw, jobs)
 
-    async def catalog(self) -> list[StudentCard]:
-        """Return the loaded students, default first."""
-        return list(self.engine.catalog)
+    async def catalog(self) -> Catalog:
+        """Return what is served now."""
+        return self.engine.catalog
 
     async def batch_sizes(self) -> dict[int, int]:
         """Return how many network batches of each size have run."""
@@ -74,24 +88,56 @@ class HttpReplica:
     def __init__(self, engine: DeploymentHandle, settings: ServeSettings) -> None:
         self._engine = engine
         self._settings = settings
-        self._catalog: list[StudentCard] | None = None
+        self._watch = RequestMetrics()
+        self._catalog: Catalog | None = None
+        self._catalog_at_s = -math.inf
+        self._asking: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self, self._settings)
+        return create_api(self, self._settings, self._watch)
 
-    async def catalog(self) -> Sequence[StudentCard]:
-        """Return the loaded students, asked of an engine once: engines of one deployment load the same models."""
+    async def catalog(self, *, fresh: bool = False) -> Catalog:
+        """Return what one of the engines serves. They follow the registry each by itself, so it is asked again often.
+
+        Asked by use and not by the clock; where the answer is late, as the engines' queue is full, the last one does.
+        """
         if self._catalog is None:
             # A handle waits for a replica for ever; while models load, the caller must be told.
             if not await self.ready():
                 raise EngineUnavailableError
-            catalog: list[StudentCard] = await asyncio.wait_for(_call(self._engine.catalog), _CATALOG_TIMEOUT_S)
-            self._catalog = catalog
+            try:
+                await asyncio.wait_for(asyncio.shield(self._ask()), _CATALOG_TIMEOUT_S)
+            except TimeoutError:
+                raise EngineUnavailableError from None
+        elif time.monotonic() - self._catalog_at_s > (_FRESH_S if fresh else _CATALOG_AGE_S):
+            # Under load one request waits for a moment, and none behind it.
+            patience_s = _FRESH_TIMEOUT_S if fresh else _REFRESH_TIMEOUT_S if self._asking is None else 0
+            await asyncio.wait({self._ask()}, timeout=patience_s)
+        assert self._catalog is not None
         return self._catalog
+
+    def _ask(self) -> asyncio.Task[None]:
+        """Return the task that asks an engine for its catalog: the one that runs, or a new one."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_engine())
+            self._asking.add_done_callback(self._asked)
+        return self._asking
+
+    async def _ask_engine(self) -> None:
+        catalog: Catalog = await _call(self._engine.catalog)
+        self._catalog, self._catalog_at_s = catalog, time.monotonic()
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        self._asking = None
+        if not task.cancelled() and task.exception() is not None:
+            logger.info("no engine could be asked what it serves: %r", task.exception())
 
     async def generate(self, request: ImageRequest) -> GeneratedImage:
         """Return one picture from whichever engine has room."""
-        return await _call(self._engine.generate, request)
+        image: GeneratedImage = await _call(self._engine.generate, request)
+        if self._catalog is not None and image.model not in {card.label for card in self._catalog.students}:
+            self._catalog_at_s = -math.inf  # another version has taken over
+        return image
 
     async def ready(self) -> bool:
         """Return whether an engine replica has finished loading; does not go through the engines' queue."""
@@ -120,7 +166,7 @@ async def _call(method: Any, *args: Any) -> Any:
     except (DeploymentUnavailableError, ray.exceptions.RayActorError) as error:
         raise EngineUnavailableError from error
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InvalidRequestError):
+        if isinstance(error.cause, InvalidRequestError | NotLoadedError):
             raise error.cause from None
         raise
 
@@ -152,7 +198,7 @@ def build_app(
     environment = {"FEWSTEP_HOME": str(fewstep_home()), **({} if storage is None else storage.environment())}
     tracking = (tracking or TrackingSettings()).resolved()
     engine = EngineReplica.options(  # type: ignore[attr-defined]
-        num_replicas=settings.num_replicas,
+        **_copies(settings),
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
@@ -168,6 +214,20 @@ def build_app(
         # The routes count pictures themselves and answer 429; Serve must not hold requests back before them.
         max_ongoing_requests=20 * settings.max_queued_images,
     ).bind(engine, settings)
+
+
+def _copies(settings: ServeSettings) -> dict[str, Any]:
+    """Return how many engine replicas run, as options of a deployment."""
+    if settings.autoscaling is None:
+        return {"num_replicas": settings.num_replicas}
+    scaling = settings.autoscaling
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests or settings.max_batch_size,
+        }
+    }
 
 
 def build(args: dict[str, Any]) -> Application:

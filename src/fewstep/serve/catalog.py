@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fewstep.errors import FewstepError
 from fewstep.serve.errors import InvalidRequestError
+
+
+class NotLoadedError(FewstepError):
+    """A model that is to be served has no version yet."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,19 @@ class StudentCard:
 
 
 @dataclass(frozen=True)
+class Catalog:
+    """What an engine serves at one moment.
+
+    Attributes:
+        students: the loaded ones, default first.
+        waiting: URIs models:/NAME@ALIAS that name no version yet.
+    """
+
+    students: tuple[StudentCard, ...]
+    waiting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """One picture to draw. None means the default of the model; `extrapolate` takes guidance outside its range."""
 
@@ -94,26 +111,44 @@ class GeneratedImage:
     prompt_tokens_cut: int
 
 
-def find_models(catalog: Sequence[StudentCard], model: str | None) -> list[StudentCard]:
+def find_models(catalog: Catalog, model: str | None) -> list[StudentCard]:
     """Return the students that answer to the name `model` (id or id@version); all of them for None.
 
     Raises:
         InvalidRequestError: with status 404, no student has that name.
+        NotLoadedError: it has no version yet.
     """
-    found = [card for card in catalog if model is None or model in (card.id, card.label)]
-    if not found:
-        names = ", ".join(dict.fromkeys(card.id for card in catalog))
-        raise InvalidRequestError(
-            f"The model {str(model)[:80]!r} is not served here: leave 'model' out or use one of {names}.",
-            param="model",
-            code="model_not_found",
-            status=404,
+    found = [card for card in catalog.students if model is None or model in (card.id, card.label)]
+    if found:
+        return found
+    asked = None if model is None else model.split("@")[0]
+    waited_for = [uri for uri in catalog.waiting if asked in (None, registered_name(uri))]
+    others = [card for card in catalog.students if card.id == asked]
+    if waited_for and not others:
+        raise NotLoadedError(f"There is no version of {', '.join(waited_for)} yet: try again once one is promoted.")
+    if others:
+        labels = ", ".join(card.label for card in others)
+        fix = f"another version is: name {labels}, or {asked} alone for whichever is current."
+    else:
+        names = ", ".join(
+            dict.fromkeys([card.id for card in catalog.students] + list(map(registered_name, catalog.waiting)))
         )
-    return found
+        fix = f"leave 'model' out or use one of {names}."
+    raise InvalidRequestError(
+        f"The model {str(model)[:80]!r} is not served here{',' if others else ':'} {fix}",
+        param="model",
+        code="model_not_found",
+        status=404,
+    )
+
+
+def registered_name(uri: str) -> str:
+    """Return NAME of models:/NAME@ALIAS."""
+    return uri.removeprefix("models:/").split("@")[0]
 
 
 def resolve(
-    catalog: Sequence[StudentCard],
+    catalog: Catalog,
     *,
     model: str | None,
     num_inference_steps: int | None,
@@ -127,6 +162,7 @@ def resolve(
 
     Raises:
         InvalidRequestError: unknown model, a step count that no candidate was made for, or guidance out of range.
+        NotLoadedError: the model has no version yet.
     """
     candidates = find_models(catalog, model)
     if num_inference_steps is not None:

@@ -43,12 +43,36 @@ def sample_pixels(
         info: what the student was made for; without it, a network that takes w is sampled as a deterministic student.
         negative_prompt: in place of the null prompt of a guided model.
     """
+    latents = sample_latents(
+        parts,
+        prompts=prompts,
+        seeds=seeds,
+        num_inference_steps=num_inference_steps,
+        w=w,
+        info=info,
+        negative_prompt=negative_prompt,
+    )
+    return parts.decode(latents)
+
+
+@torch.inference_mode()
+def sample_latents(
+    parts: Parts,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    w: Tensor | WeightSchedule,
+    info: StudentInfo | None = None,
+    negative_prompt: str | None = None,
+) -> Tensor:
+    """Return what `sample_pixels` decodes, (B, c, h, w), for the same arguments."""
     model = parts.denoiser()
     if negative_prompt is not None:
         instead = parts.conditions([{"caption": negative_prompt}])
         model = replace(model, null={name: instead[name] for name in model.null})
     noise = SeededNoise(seeds, parts.sample_shape, device=parts.device)
-    latents = sample_student(
+    return sample_student(
         model,
         info,
         noise.draw(),
@@ -57,7 +81,6 @@ def sample_pixels(
         noise=lambda step: noise.draw(),
         num_inference_steps=num_inference_steps,
     )
-    return parts.decode(latents)
 
 
 def sample_images(

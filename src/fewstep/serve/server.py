@@ -98,7 +98,7 @@ def run_server(
     try:
         application = build_app(settings, storage=storage, tracking=tracking)
         serve.run(application, name=name, route_prefix=settings.route_prefix)
-        _wait_until_it_answers(url)
+        _wait_until_it_answers(url, needs_models=not settings.wait_for_models)
     except RuntimeError as error:
         reason = _load_failure(name) or str(error)
         server.stop()
@@ -167,13 +167,15 @@ def _load_failure(name: str) -> str | None:
     return found[-1] if found else None
 
 
-def _wait_until_it_answers(url: str) -> None:
+def _wait_until_it_answers(url: str, *, needs_models: bool) -> None:
     deadline = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:
             with urllib.request.urlopen(f"{url}/healthz", timeout=5):
                 return
         except (urllib.error.URLError, OSError) as error:
+            if not needs_models and isinstance(error, urllib.error.HTTPError) and error.code == 503:
+                return
             if time.monotonic() > deadline:
                 raise ServeError(
                     f"nothing healthy answers at {url} after {_ANSWER_TIMEOUT_S:g} seconds ({error}): Ray Serve may "

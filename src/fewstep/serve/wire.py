@@ -141,6 +141,9 @@ class ImageData(BaseModel):
 
     b64_json: str = Field(description="The encoded file, base64.")
     seed: int = Field(description="Send this seed with n=1 to get this picture again.")
+    model: str | None = Field(
+        default=None, description="id@version that drew it, only where the pictures of one answer are not all by one."
+    )
 
 
 class InputTokensDetails(BaseModel):
@@ -201,6 +204,7 @@ class Health(BaseModel):
 
     status: Literal["ready"] = "ready"
     models: list[str]
+    waiting: list[str] | None = Field(default=None, description="Models that have no version yet, if there are any.")
 
 
 class ErrorDetail(BaseModel):

@@ -221,8 +221,10 @@ class Registry:
                     return _registered(self._client.get_model_version(name, version))
                 return _registered(self._client.get_model_version_by_alias(name, alias))
             except MlflowException as error:
-                # MLflow answers an alias that is not set with INVALID_PARAMETER_VALUE.
-                if is_missing(error) or "alias" in str(error).lower():
+                # MLflow answers an alias that is not set with INVALID_PARAMETER_VALUE. The word alone says nothing: a
+                # server that cannot be reached is reported with the address, which ends in /alias.
+                unset = error.error_code == "INVALID_PARAMETER_VALUE" and "alias" in str(error).lower()
+                if is_missing(error) or unset:
                     return None
                 raise
 
@@ -325,6 +327,11 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+
+def check_uri(uri: str) -> None:
+    """TrackingError unless `uri` is written models:/NAME@ALIAS or models:/NAME/VERSION; asks no server."""
+    _parse(uri)
 
 
 def _parse(uri: str) -> tuple[str, str | None, str]:

@@ -24,6 +24,7 @@ from fewstep.stages.context import StageContext
 from fewstep.stages.device import driver_device
 from fewstep.stages.fingerprints import guidance_fingerprint
 from fewstep.stages.teacher_source import TeacherSource, told_of
+from fewstep.stages.watched import watched
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob
@@ -78,6 +79,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
     context.run.log_params(settings)
     uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")
     reused = finished_result(job, storage=storage, uri=uri) is not None
+    job = watched(job, recipe, "guidance", planned="stage one")
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     errors = _relative_errors(context, result.export_uri)
     context.run.log_metrics(

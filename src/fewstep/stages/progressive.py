@@ -18,6 +18,7 @@ from fewstep.stages.fingerprints import guided_pair_fingerprint, rung_fingerprin
 from fewstep.stages.grids import picture_grid
 from fewstep.stages.guidance import check_lora, export_student
 from fewstep.stages.teacher_source import TeacherSource, told_of
+from fewstep.stages.watched import watched
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.lineage import lineage
@@ -126,6 +127,7 @@ def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[
             run.log_params(train)
             run.set_tags(data_tags(recipe, storage))
             reused = finished_result(job, storage=storage, uri=uri) is not None
+            job = watched(job, recipe, "progressive", planned=f"{label} step{'' if steps == 1 else 's'}")
             result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=run.handle())
             # A rung that an earlier recipe trained has its curves there, and here its end.
             run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.cloudpickle
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import RunConfig, ScalingConfig  # to type checkers those of ray.train are older
+from ray.train.v2.api.config import ScalingConfig  # type checkers see an older one in ray.train
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from fewstep.errors import CheckpointError, FewstepError, StorageError
@@ -144,7 +144,7 @@ def _trainer(
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # Ray shows type checkers the class of its older API
             name="checkpoints",
             storage_path=_arrow_path(uri, root=storage.root, root_path=root_path),
             storage_filesystem=filesystem,

@@ -31,7 +31,7 @@ from fewstep.train.settings import ClusterSettings, ElasticWorkers
 ray.cloudpickle.register_pickle_by_value(toy_training)
 ray.cloudpickle.register_pickle_by_value(stored_training)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def alone(folder: Path, **settings: Any) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
@@ -107,7 +107,7 @@ def test_a_node_taken_away_with_notice_costs_no_try_and_loses_nothing(
             [sys.executable, program, *files], stderr=output, stdout=output, env=environment, start_new_session=True
         )
     try:
-        driver.wait(timeout=600)
+        driver.wait(timeout=1100)
     finally:
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)

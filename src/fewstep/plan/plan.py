@@ -269,8 +269,7 @@ class _Planner:
         settings = training.settings
         bfloat16 = is_bfloat16(settings)
         try:
-            for number in {self.fewest_workers, self.num_workers}:
-                rows_per_worker(settings, number)
+            rows_per_worker(settings, self.fewest_workers)
         except FewstepError as error:
             raise FewstepError(f"{training.stage}, {training.name}: {error}") from None
         flops, of_encoders = update_flops(training), encoding_flops(training)

@@ -18,6 +18,7 @@ from fewstep.distill.settings import GuidanceSettings
 from fewstep.errors import RecipeError
 from fewstep.models import StudentInfo, load_model, save_student
 from fewstep.models.lora import check_peft, has_adapters, lora_student, merged, save_adapters
+from fewstep.plan.work import STAGE_ONE
 from fewstep.recipe import Recipe
 from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext
@@ -79,7 +80,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
     context.run.log_params(settings)
     uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")
     reused = finished_result(job, storage=storage, uri=uri) is not None
-    job = watched(job, recipe, "guidance", planned="stage one")
+    job = watched(job, recipe, "guidance", planned=STAGE_ONE)
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     errors = _relative_errors(context, result.export_uri)
     context.run.log_metrics(

@@ -272,6 +272,17 @@ def test_where_it_runs_is_not_part_of_the_digest() -> None:
             {"cluster": {"num_workers": 3}},
             ["num_streams=8 is no multiple of cluster.num_workers=3", "set num_streams to 9"],
         ),
+        (
+            {"cluster": {"num_workers": {"min": 1, "max": 9}, "use_gpu": True, "cpus_per_worker": 2}},
+            ["cluster.num_workers.max=9 is above stream.num_streams=8", "lower max"],
+        ),
+        (
+            {
+                "cluster": {"num_workers": {"min": 1, "max": 3}, "use_gpu": True, "cpus_per_worker": 2},
+                "stream": {"loader_processes": 3},
+            },
+            ["stream.loader_processes=3", "num_workers.max=3 some have 2 of", "take at most 2 processes"],
+        ),
         ({"evaluate": {"num_prompts": 1201}}, ["num_prompts=1201 is more than prepare.num_evaluate=1200"]),
         (
             {"evaluate": {"num_prompts": 60}, "register": {"gate": {"min_num_images": 100}}},

@@ -34,7 +34,7 @@ from fewstep.stage_settings import (
 )
 from fewstep.storage import StorageSettings
 from fewstep.tracking.settings import TrackingSettings
-from fewstep.train.settings import ClusterSettings, wrong_group
+from fewstep.train.settings import ClusterSettings, ElasticWorkers, wrong_group
 
 StageName = Literal[
     "prepare", "teacher", "encode", "convert", "guidance", "progressive", "evaluate", "register", "promote"
@@ -155,14 +155,30 @@ class Recipe(StageSettings):
                 )
         return self
 
+    def _check_elastic(self, workers: ElasticWorkers) -> None:
+        streams, processes = self.stream.num_streams, self.stream.loader_processes
+        if workers.max > streams:
+            raise ValueError(
+                f"cluster.num_workers.max={workers.max} is above stream.num_streams={streams}, of which every worker "
+                "takes at least one: lower max, or raise num_streams (which changes the order of samples)"
+            )
+        if processes > streams // workers.max:
+            raise ValueError(
+                f"stream.loader_processes={processes} needs as many streams in each worker, and with "
+                f"cluster.num_workers.max={workers.max} some have {streams // workers.max} of "
+                f"stream.num_streams={streams}: take at most {streams // workers.max} processes, or more streams"
+            )
+
     def _check_sizes(self) -> None:
         """Refuse sizes that do not fit together, before a GPU is taken."""
         streams, workers = self.stream.num_streams, self.cluster.num_workers
-        if workers != "auto" and streams % workers:
+        if isinstance(workers, int) and streams % workers:
             raise ValueError(
                 f"stream.num_streams={streams} is no multiple of cluster.num_workers={workers}: every worker takes as "
                 f"many streams; set num_streams to {workers * max(1, round(streams / workers))}"
             )
+        if isinstance(workers, ElasticWorkers):
+            self._check_elastic(workers)
         trainings = {
             "convert.train": self.convert and self.convert.train,
             "guidance.train": self.guidance and self.guidance.train,

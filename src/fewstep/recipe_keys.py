@@ -35,7 +35,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]
         key = f"{prefix}{field.alias or name}"
         inner = settings_class(field.annotation)
         text = (field.description or "").rstrip(".").replace("|", "\\|")
-        yield key, "" if inner else _default(field), text
+        yield key, "" if inner and not isinstance(field.default, int) else _default(field), text
         if inner is not None:
             yield from _rows(inner, f"{key}.")
 

@@ -142,7 +142,7 @@ def test_resume_at_any_step_is_exact_with_any_number_of_workers(
     wanted = take(make_stream(shards, **options), 55)
     assert any(state["waiting"] for state in wanted[20].state["streams"].values())
     for step in random.Random(2).sample(range(53), 50 if cache else 10):
-        world_size = (1, 2, 4)[step % 3]
+        world_size = (1, 2, 3, 4)[step % 4]
         streams = [make_stream(shards, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
         for stream in streams:
             stream.load_state(json.loads(json.dumps(wanted[step].state)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
 import pickle
 import re
@@ -12,17 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import ray.cloudpickle
 import real_training
+import stored_training
 import torch
 import toy_training
 from aiohttp import web
 from real_training import real_job
+from stored_training import OPTIONS, checkpoint_is_known, exported
 from torch import Tensor
 from toy_training import FileTracker, toy_job
 
@@ -37,28 +37,13 @@ from tiny import tiny_teacher_folder
 
 ray.cloudpickle.register_pickle_by_value(toy_training)
 ray.cloudpickle.register_pickle_by_value(real_training)
+ray.cloudpickle.register_pickle_by_value(stored_training)
 
 # Seconds on a free machine; a busy one takes many times as long to start processes.
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 ONE = ClusterSettings(num_workers=1, cpus_per_worker=1)
 TWO = ClusterSettings(num_workers=2, cpus_per_worker=1, max_failures=1)
-OPTIONS = {"ema_decay": 0.9, "hand_over": "ema", "warmup_updates": 3}
-
-
-def exported(storage: Storage, uri: str) -> dict[str, Tensor]:
-    loaded: dict[str, Tensor] = torch.load(io.BytesIO(storage.read_bytes(join(uri, "export", "weights.pt"))))
-    return loaded
-
-
-def checkpoint_is_known(storage: Storage, uri: str, update: int) -> Callable[[], bool]:
-    """Whether Ray Train goes on from the checkpoint of an update: its upload does not hold up the training."""
-
-    def is_known() -> bool:
-        known = join(uri, "checkpoints", "checkpoint_manager_snapshot.json")
-        return storage.exists(known) and f"update-{update:08d}" in storage.read_bytes(known).decode()
-
-    return is_known
 
 
 @pytest.fixture(scope="module")

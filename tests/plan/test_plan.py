@@ -416,6 +416,21 @@ def test_a_micro_batch_that_does_not_divide_a_worker_s_rows() -> None:
         plan_recipe(recipe, num_workers=4)
 
 
+def test_of_elastic_workers_the_most_give_the_time_and_the_fewest_the_memory() -> None:
+    bounds = {"num_workers": {"min": 3, "max": 7}, "use_gpu": True, "cpus_per_worker": 1}
+    # Of eight streams two and four share equally; a micro-batch may be more than a worker's rows.
+    train = {**TRAIN, "micro_batch_size": 32}
+    plan = plan_recipe(recipe_of(cluster=bounds, guidance={"train": train}))
+    fixed = {number: plan_recipe(recipe_of(cluster={"num_workers": number})) for number in (2, 4)}
+    assert (plan.fewest_workers, plan.num_workers) == (2, 4)
+    rung = next(step for step in plan.steps if step.name == "4 steps")
+    of = {number: next(step for step in each.steps if step.name == "4 steps") for number, each in fixed.items()}
+    assert rung.seconds == of[4].seconds < of[2].seconds
+    assert rung.memory == of[2].memory != of[4].memory
+    assert "the number of workers may change: time is for 4, the memory of a GPU for 2" in render(plan)
+    assert "may change" not in render(fixed[4])
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_has_a_peak(name: str) -> None:
     gpu = find_gpu(name)

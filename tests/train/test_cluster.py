@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+from pydantic import ValidationError
 
 from fewstep.errors import FewstepError
 from fewstep.train.cluster import WorkerGroup, worker_group
@@ -61,3 +62,43 @@ def test_a_number_is_taken_as_it_is_or_refused(monkeypatch: pytest.MonkeyPatch) 
         group(monkeypatch, has={"CPU": 4, "GPU": 1}, batch=32, num_workers=2)
     with pytest.raises(FewstepError, match=r"global_batch_size=32 cannot be shared equally by cluster\.num_workers=3"):
         group(monkeypatch, has={"CPU": 4}, batch=32, num_workers=3)
+
+
+def elastic(fewest: int, most: int, **more: Any) -> dict[str, Any]:
+    return {"num_workers": {"min": fewest, "max": most}, "cpus_per_worker": 2, "use_gpu": True, **more}
+
+
+def test_elastic_workers_are_taken_as_bounds_whatever_they_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = {"CPU": 8.0, "GPU": 2.0}
+    assert group(monkeypatch, has=has, batch=32, **elastic(2, 7)) == WorkerGroup((2, 7), 2, True)
+    empty = group(monkeypatch, has={}, batch=32, address="10.0.0.1:6379", **elastic(3, 8))
+    assert empty == WorkerGroup((3, 8), 2, True)
+
+
+def test_elastic_workers_that_can_never_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = {"CPU": 8.0, "GPU": 2.0}
+    with pytest.raises(FewstepError, match=r"num_workers=2…9 may be more than the 8 streams .*set max to at most 8"):
+        group(monkeypatch, has=has, batch=32, **elastic(2, 9))
+    with pytest.raises(FewstepError, match=r"num_workers=2…9 may be more than the 8 rows of global_batch_size"):
+        group(monkeypatch, has=has, batch=8, streams=None, **elastic(2, 9))
+    with pytest.raises(FewstepError, match=r"num_workers=5…8 with 2 CPU each need at least 10 CPUs and this Ray has 8"):
+        group(monkeypatch, has=has, batch=32, **elastic(5, 8))
+    with pytest.raises(FewstepError, match=r"num_workers=3…8 need a GPU each and this Ray has 2"):
+        group(monkeypatch, has=has, batch=32, **elastic(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (elastic(3, 2), r"num_workers\.bounds\n.*min=3 is above max=2"),
+        (elastic(0, 2), r"num_workers\.bounds\.min\n.*greater than 0"),
+        (
+            elastic(1, 2, use_gpu="auto"),
+            "use_gpu=auto: a cluster that grows may have no GPU yet.*use_gpu: true, or",
+        ),
+        (elastic(1, 2, cpus_per_worker=None), "num_workers=1…2 without cpus_per_worker.*set cpus_per_worker"),
+    ],
+)
+def test_bounds_need_what_a_cluster_cannot_tell(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ClusterSettings(**values)

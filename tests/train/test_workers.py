@@ -10,7 +10,7 @@ import pytest
 import torch
 from real_training import Kind
 from unet_training import curve, exported, tiny_unet, unet_job
-from worker_processes import STAGES, begin_again, run_workers, stage_job
+from worker_processes import STAGES, UNEVEN, begin_again, run_workers, stage_job
 
 from fewstep.train.parallel import compilable
 from tiny import tiny_student_folder, tiny_teacher_folder
@@ -25,7 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two workers have done."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("workers")
-    curve(unet_job(), folder / "alone", kill_after=3)
+    for name in ("alone", "fsdp after alone, uneven"):
+        curve(unet_job(), folder / name, kill_after=3)
     tiny_teacher_folder(folder / "teacher")
     tiny_student_folder(folder / "student")
     run_workers(folder)
@@ -66,6 +67,15 @@ def test_two_workers_give_the_curve_and_the_weights_of_one_process(
     figures = result["curve"] if strategy == "fsdp" else result
     assert len(figures) == 4
     check(figures, folder / strategy, plain)
+
+
+@pytest.mark.parametrize("way", UNEVEN)
+def test_three_workers_with_unequal_shares_give_the_curve_and_the_weights_of_one_process(
+    way: str, folder: Path, plain: tuple[Figures, Path]
+) -> None:
+    figures = json.loads((folder / "found-uneven.json").read_text())[way]
+    assert list(figures) == (["3", "4"] if "after" in way else ["1", "2", "3", "4"])
+    check(figures, folder / way, plain)
 
 
 @pytest.mark.parametrize("kind", STAGES)

@@ -1,9 +1,10 @@
-"""Two processes of a gloo group that train; what they found out lies in a folder for `test_workers`."""
+"""Two processes of a gloo group that train, then three; what they found out lies in a folder for `test_workers`."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,18 @@ FSDP = {"strategy": "fsdp", "shard_frozen": True, "gradient_checkpointing": True
 
 
 def run_workers(folder: Path) -> None:
-    """Do everything below in two processes; `folder/alone` holds a training that one process began and left, and
-    `folder/teacher` and `folder/student` hold models."""
-    mp.spawn(_work, (str(folder),), nprocs=WORLD_SIZE)
+    """Do everything below in two processes, and `UNEVEN` in three; `folder/alone` and `folder/fsdp after alone, uneven`
+    hold a training that one process began and left, and `folder/teacher` and `folder/student` hold models."""
+    mp.spawn(_work, (str(folder),), nprocs=WORLD_SIZE + 1)
+
+
+#: Of four streams the first of three workers has two, and the others one each.
+UNEVEN: dict[str, dict[str, Any]] = {
+    "ddp, uneven": {},
+    "ddp, idle passes": {"micro_batch_size": 1},
+    "fsdp, idle passes": {"strategy": "fsdp", "shard_frozen": True, "micro_batch_size": 2},
+    "fsdp after alone, uneven": {"strategy": "fsdp"},
+}
 
 
 def stage_job(kind: Kind, folder: Path) -> TrainJob:
@@ -48,7 +58,22 @@ def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")  # compiling blocks would take a minute; that they can be is what counts
     here = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=rank, world_size=WORLD_SIZE)
+    if rank < WORLD_SIZE:
+        _work_as_two(rank, here)
+    _meet(here, "three", rank, world_size=WORLD_SIZE + 1)
+    found = {name: curve(unet_job(**settings), here / name) for name, settings in UNEVEN.items()}
+    if rank == 0:
+        (here / "found-uneven.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _meet(here: Path, name: str, rank: int, *, world_size: int) -> None:
+    wait = timedelta(minutes=30)  # the third waits for all that two do
+    dist.init_process_group("gloo", init_method=f"file://{here}/{name}", rank=rank, world_size=world_size, timeout=wait)
+
+
+def _work_as_two(rank: int, here: Path) -> None:
+    _meet(here, "two", rank, world_size=WORLD_SIZE)
     found = {
         "ddp": curve(unet_job(**DDP), here / "ddp"),
         "fsdp": _fsdp(here / "fsdp"),

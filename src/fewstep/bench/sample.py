@@ -16,7 +16,6 @@ from fewstep.bench.device import (
     Elapsed,
     Stopwatch,
     measure_matmul_tflops,
-    peak_tflops,
     prepare_network,
     resolve_device,
     tuned,
@@ -28,6 +27,7 @@ from fewstep.errors import SamplingError
 from fewstep.models import StudentInfo, TextToImageParts, load_parts, make_student, read_student_info
 from fewstep.serve.sample import sample_pixels
 from fewstep.train.meters import peak_memory_bytes
+from fewstep.train.peak import peak_tflops
 
 logger = logging.getLogger("fewstep.bench")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.bench.calls import UpdateCalls, UpdateFlops, update_flops
-from fewstep.bench.device import Elapsed, measure_matmul_tflops, peak_tflops, prepare_network, resolve_device, tuned
+from fewstep.bench.device import Elapsed, measure_matmul_tflops, prepare_network, resolve_device, tuned
 from fewstep.bench.result import Environment, FlopsResult, TrainBenchResult
 from fewstep.bench.sd15 import sd15_train_workload
 from fewstep.bench.settings import TrainBenchSettings
@@ -26,6 +26,7 @@ from fewstep.storage import open_storage
 from fewstep.train.in_process import train_in_process
 from fewstep.train.job import TrainJob
 from fewstep.train.optimiser import make_optimizer
+from fewstep.train.peak import peak_tflops
 from fewstep.train.precision import resolve_precision
 from fewstep.train.settings import TrainSettings
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fewstep.bench.device import peak_tflops, resolve_device, tuned
+from fewstep.bench.device import resolve_device, tuned
 from fewstep.bench.result import Environment, TrainVariantsResult, VariantSpeed
 from fewstep.bench.settings import EAGER, SWITCHES, TrainBenchSettings
 from fewstep.bench.train import LoopRun, flops_of, make_job, make_objective, open_workload, run_loop, train_settings
@@ -18,6 +18,7 @@ from fewstep.bench.workload import TrainWorkload
 from fewstep.distill import GuidanceObjective, ProgressiveObjective
 from fewstep.recipe import Recipe
 from fewstep.train.job import TrainJob
+from fewstep.train.peak import peak_tflops
 from fewstep.train.precision import resolve_precision
 from fewstep.train.settings import TrainSettings
 

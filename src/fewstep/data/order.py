@@ -36,7 +36,7 @@ def _permutation(size: int, *key: int) -> list[int]:
 def check_streams(
     num_shards: int, *, num_streams: int, global_batch_size: int, world_size: int, source: str = ""
 ) -> None:
-    """DataError unless the shards, streams, batch and workers divide as the order needs them to.
+    """DataError unless there are shards for the streams, streams for the workers, and the batch divides.
 
     `source` is the name of the shards' source, where there are several.
     """
@@ -50,11 +50,10 @@ def check_streams(
             f"There are {num_shards} shards{of_source} for {num_streams} canonical streams, and each stream needs at "
             f"least one. Write more shards (a smaller samples_per_shard), or set num_streams to at most {num_shards}."
         )
-    if num_streams % world_size:
-        fitting = [n for n in range(1, num_streams + 1) if num_streams % n == 0]
+    if world_size > num_streams:
         raise DataError(
-            f"{world_size} workers cannot share {num_streams} canonical streams evenly. Use {fitting} workers, or "
-            "another num_streams (which changes the order of samples)."
+            f"{world_size} workers cannot share {num_streams} canonical streams, as each needs one. Use at most "
+            f"{num_streams} workers, or more num_streams (which changes the order of samples)."
         )
     if global_batch_size < 1 or global_batch_size % num_streams:
         lower = max(num_streams, global_batch_size // num_streams * num_streams)
@@ -65,7 +64,10 @@ def check_streams(
 
 
 def own_streams(num_streams: int, *, rank: int, world_size: int) -> list[int]:
-    """The streams that worker `rank` of `world_size` reads: those with ``stream % world_size == rank``."""
+    """The streams that worker `rank` of `world_size` reads: those with ``stream % world_size == rank``.
+
+    Where the workers do not divide the streams, some have one more than others.
+    """
     return list(range(rank, num_streams, world_size))
 
 

@@ -61,7 +61,10 @@ class StreamSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_streams: int = Field(
-        8, ge=1, description="Canonical streams: the number of workers must divide it, and it the global batch."
+        8,
+        ge=1,
+        description="Canonical streams: a number of workers must divide it (the most of {min, max} must not be above "
+        "it), and it the global batch.",
     )
     piece_bytes: int = Field(
         8 * 2**20, ge=2**12, description="Shards are read in pieces of about so many bytes, in an order of their own."
@@ -96,8 +99,8 @@ class ShardStream:
         storage: where they lie.
         decode: a sample (``{"__key__": str, extension: bytes}``) to named values, BadSampleError for one that cannot be
             used. It runs on a thread; with loader_processes it must pickle.
-        settings: see there. The world size must divide num_streams, num_streams must divide global_batch_size, and
-            there must be at least as many shards as streams, in every source.
+        settings: see there. The world size must not be above num_streams, num_streams must divide global_batch_size,
+            and there must be at least as many shards as streams, in every source.
         global_batch_size: samples of all workers together.
         seed: of the order.
         rank, world_size: which of how many workers this is.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fewstep.bench.device import peak_tflops
 from fewstep.errors import FewstepError
+from fewstep.train.peak import peak_tflops
 
 GIB = 2**30
 
@@ -17,7 +17,7 @@ class Gpu:
 
     Attributes:
         name: as `fewstep plan --gpu` takes it.
-        device_name: as `fewstep.bench.device.PEAK_TFLOPS` knows it.
+        device_name: as `fewstep.train.peak.PEAK_TFLOPS` knows it.
         memory_bytes: what torch can see of it, in whole GiB rounded down; less than on the data sheet.
     """
 

@@ -24,6 +24,7 @@ from fewstep.plan.teacher import find_shape
 from fewstep.plan.transfer import SampleBytes, checkpoint_bytes, checkpoints_written, export_bytes, sample_bytes
 from fewstep.plan.work import Passes, Training, work_of
 from fewstep.recipe import Recipe
+from fewstep.train.settings import ElasticWorkers
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Plan:
         forward_flops: of one pass of it, one sample.
         gpu: the kind of GPU.
         mfu: share of the GPU's peak that is taken to be reached.
-        num_workers: GPUs that a training takes.
+        num_workers: GPUs that a training takes; of a number that may change, the most.
+        fewest_workers: GPUs that it may have to do with, for which its memory is.
         num_samples: training samples.
         samples_from: where that number is from, in words.
         steps: in order.
@@ -105,6 +107,7 @@ class Plan:
     gpu: Gpu
     mfu: float
     num_workers: int
+    fewest_workers: int
     num_samples: int
     samples_from: str
     steps: tuple[Step, ...]
@@ -183,7 +186,8 @@ def plan_recipe(
         gpu: kind of GPU, a name in `fewstep.plan.gpus`.
         mfu: share of its peak that is taken to be reached; recomputation counts as work.
         shape: a shipped shape, or a folder with configurations, to stand for the teacher; None: the teacher's own.
-        num_workers: GPUs of a training; None: the recipe's, 1 where it says auto.
+        num_workers: GPUs of a training; None: the recipe's, 1 where it says auto, and of {min, max} the most for the
+            time and the fewest for the memory.
         num_samples: training samples; None: as many as the recipe or the data set says, or else as many as the longest
             training sees.
 
@@ -199,9 +203,9 @@ def plan_recipe(
             raise FewstepError(f"{name} {value} is below 1")
     sizes_of = find_shape(recipe, named=shape)
     work = work_of(recipe, sizes_of)
-    workers = num_workers or (1 if recipe.cluster.num_workers == "auto" else recipe.cluster.num_workers)
+    fewest, workers = (num_workers, num_workers) if num_workers else _workers(recipe)
     samples, samples_from = _training_samples(recipe, sizes_of, work, num_samples)
-    planner = _Planner(recipe, sizes_of, found, mfu, workers, samples, sample_bytes(sizes_of))
+    planner = _Planner(recipe, sizes_of, found, mfu, workers, fewest, samples, sample_bytes(sizes_of))
     network = Network.of(sizes_of)
     return Plan(
         recipe=recipe.name,
@@ -213,10 +217,21 @@ def plan_recipe(
         gpu=found,
         mfu=mfu,
         num_workers=workers,
+        fewest_workers=fewest,
         num_samples=samples,
         samples_from=samples_from,
         steps=tuple(planner.step(each) for each in work),
     )
+
+
+def _workers(recipe: Recipe) -> tuple[int, int]:
+    """Return the fewest and the most workers of a recipe that share a batch equally, as an estimate takes them to."""
+    asked = recipe.cluster.num_workers
+    if not isinstance(asked, ElasticWorkers):
+        return (1, 1) if asked == "auto" else (asked, asked)
+    streams = recipe.stream.num_streams
+    able = [number for number in range(1, asked.max + 1) if streams % number == 0]
+    return max(number for number in able if number <= asked.min), able[-1]
 
 
 def _training_samples(
@@ -243,6 +258,7 @@ class _Planner:
     gpu: Gpu
     mfu: float
     num_workers: int
+    fewest_workers: int
     num_samples: int
     sample_bytes: SampleBytes
 
@@ -253,21 +269,21 @@ class _Planner:
         settings = training.settings
         bfloat16 = is_bfloat16(settings)
         try:
-            rows_per_worker(settings, self.num_workers)
+            rows_per_worker(settings, self.fewest_workers)
         except FewstepError as error:
             raise FewstepError(f"{training.stage}, {training.name}: {error}") from None
         flops, of_encoders = update_flops(training), encoding_flops(training)
         seconds_each = (flops - of_encoders) / self._speed(bfloat16=bfloat16)
         seconds_each += of_encoders / self._speed(bfloat16=encoders_in_bfloat16(training, settings))
         samples = settings.updates * settings.global_batch_size
-        memory = memory_of(training, settings, self.shape, num_workers=self.num_workers)
+        memory = memory_of(training, settings, self.shape, num_workers=self.fewest_workers)
         switches: list[Switches] = []
         if memory.total > self.gpu.memory_bytes:
             # With the room that the estimate may be wrong by, if there is a way.
             for share in (1 - MEMORY_ERROR, 1.0):
                 room = int(share * self.gpu.memory_bytes)
                 switches = switches or what_would_fit(
-                    training, self.shape, num_workers=self.num_workers, memory_bytes=room
+                    training, self.shape, num_workers=self.fewest_workers, memory_bytes=room
                 )
         exported = export_bytes(training, self.shape)
         kept = checkpoint_bytes(training) * settings.num_checkpoints_to_keep

@@ -33,6 +33,7 @@ def render(plan: Plan) -> str:
         f"{plan.num_workers} × {plan.gpu.name} ({plan.gpu.memory_bytes // GIB} GiB, "
         f"{plan.gpu.flops_per_second('bfloat16') / 1e12:,.0f} TFLOP/s in bfloat16) at an MFU of {plan.mfu:.0%}; "
         f"{number(plan.num_samples)} training samples ({plan.samples_from})",
+        *_elastic(plan),
         "",
         *_table(plan),
         "",
@@ -45,6 +46,15 @@ def render(plan: Plan) -> str:
         f"{MEMORY_ERROR:.0%}.",
     ]
     return "\n".join(lines)
+
+
+def _elastic(plan: Plan) -> list[str]:
+    if plan.fewest_workers == plan.num_workers:
+        return []
+    return [
+        f"the number of workers may change: time is for {plan.num_workers}, the memory of a GPU for "
+        f"{plan.fewest_workers}, who have most rows"
+    ]
 
 
 def summary(plan: Plan) -> str:

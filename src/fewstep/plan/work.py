@@ -18,6 +18,9 @@ from fewstep.recipe import Recipe, StageName
 from fewstep.stage_settings import GuidanceStage, ProgressiveStage
 from fewstep.train.settings import TrainSettings
 
+#: What the training of the guidance stage is called in a plan.
+STAGE_ONE = "stage one"
+
 
 @dataclass(frozen=True)
 class Training:
@@ -150,11 +153,16 @@ def _embedding_dim(settings: GuidanceStage) -> int | None:
     return None if w_min == w_max else settings.embedding_dim
 
 
+def rung_name(ladder: LadderKind, steps: int, *, w: float | None) -> str:
+    """Return what a training of a ladder is called in a plan."""
+    return student_label(ladder, steps, w=w) + (" step" if steps == 1 else " steps")
+
+
 def _guidance(settings: GuidanceStage, shape: Shape) -> Training:
     network = Network.of(shape)
     return Training(
         "guidance",
-        "stage one",
+        STAGE_ONE,
         settings.train,
         network.with_weight(_embedding_dim(settings)),
         teacher=network,
@@ -180,7 +188,7 @@ def _progressive(recipe: Recipe, shape: Shape) -> Iterator[Training]:
                 guided = ladder == "naive" or (ladder == "single_w" and taught_by is None)
                 yield Training(
                     "progressive",
-                    student_label(ladder, steps, w=w) + (" step" if steps == 1 else " steps"),
+                    rung_name(ladder, steps, w=w),
                     settings.rung(steps),
                     network,
                     rows=2 if ladder == "naive" else 1,

@@ -20,6 +20,7 @@ from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext
 from fewstep.stages.fingerprints import convert_fingerprint, folder_digest
 from fewstep.stages.teacher_source import TeacherSource, told_of
+from fewstep.stages.watched import watched
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob
@@ -60,6 +61,7 @@ def convert(context: StageContext) -> dict[str, Any]:
     )
     context.run.log_params(settings)
     uri = join(storage.root, "teachers", f"convert-{fingerprint[:16]}")
+    job = watched(job, recipe, "convert")
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     return {
         "converted": result.to_json(),

@@ -31,7 +31,7 @@ from fewstep.stages.fingerprints import data_digest, folder_digest, latents_fing
 from fewstep.stages.teacher_source import TeacherSource
 from fewstep.storage import Storage, join
 from fewstep.tracking.names import figure_name
-from fewstep.train.settings import ClusterSettings
+from fewstep.train.settings import ClusterSettings, ElasticWorkers
 
 
 def encode(context: StageContext) -> dict[str, Any]:
@@ -150,7 +150,11 @@ def encoders_of(recipe: Recipe, load: Callable[[], Parts]) -> Encoders | None:
         )
     if asked != "auto":
         return Encoders(load, asked, use_gpu)
-    count = gpus if cluster.num_workers == "auto" else cluster.num_workers
+    wanted = cluster.num_workers
+    if isinstance(wanted, ElasticWorkers):
+        count = max(wanted.min, min(gpus, wanted.max))  # those that a training would have now
+    else:
+        count = gpus if wanted == "auto" else wanted
     # One GPU that this process has too is faster without another process.
     if not use_gpu or (count < 2 and torch.cuda.is_available()):
         return None

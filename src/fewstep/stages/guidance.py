@@ -18,12 +18,14 @@ from fewstep.distill.settings import GuidanceSettings
 from fewstep.errors import RecipeError
 from fewstep.models import StudentInfo, load_model, save_student
 from fewstep.models.lora import check_peft, has_adapters, lora_student, merged, save_adapters
+from fewstep.plan.work import STAGE_ONE
 from fewstep.recipe import Recipe
 from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext
 from fewstep.stages.device import driver_device
 from fewstep.stages.fingerprints import guidance_fingerprint
 from fewstep.stages.teacher_source import TeacherSource, told_of
+from fewstep.stages.watched import watched
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob
@@ -78,6 +80,7 @@ def guidance(context: StageContext) -> dict[str, Any]:
     context.run.log_params(settings)
     uri = join(storage.root, "students", f"guidance-{info.fingerprint[:16]}")
     reused = finished_result(job, storage=storage, uri=uri) is not None
+    job = watched(job, recipe, "guidance", planned=STAGE_ONE)
     result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=context.run.handle())
     errors = _relative_errors(context, result.export_uri)
     context.run.log_metrics(

@@ -12,12 +12,14 @@ from fewstep.distill.settings import LadderKind, ProgressiveSettings, student_ki
 from fewstep.errors import ModelError
 from fewstep.models import StudentInfo, load_model, read_student_info
 from fewstep.models.lora import LoraSettings, adapters_in, lora_student
+from fewstep.plan.work import rung_name
 from fewstep.stages.batches import format_batches
 from fewstep.stages.context import StageContext, data_tags
 from fewstep.stages.fingerprints import guided_pair_fingerprint, rung_fingerprint
 from fewstep.stages.grids import picture_grid
 from fewstep.stages.guidance import check_lora, export_student
 from fewstep.stages.teacher_source import TeacherSource, told_of
+from fewstep.stages.watched import watched
 from fewstep.storage import Storage, join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.tracking.lineage import lineage
@@ -126,6 +128,7 @@ def _ladder(context: StageContext, ladder: LadderKind, w: float | None) -> dict[
             run.log_params(train)
             run.set_tags(data_tags(recipe, storage))
             reused = finished_result(job, storage=storage, uri=uri) is not None
+            job = watched(job, recipe, "progressive", planned=rung_name(ladder, steps, w=w))
             result = run_training(job, cluster=recipe.cluster, storage=storage, uri=uri, tracker=run.handle())
             # A rung that an earlier recipe trained has its curves there, and here its end.
             run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)

@@ -14,6 +14,7 @@ from fewstep.data.shards import read_index
 from fewstep.recipe import digest
 from fewstep.stages.context import DATA_DIGEST_TAG, StageContext
 from fewstep.stages.fingerprints import data_digest, fingerprint
+from fewstep.stages.watched import watched
 from fewstep.storage import join
 from fewstep.tracking.fetch import fetch_model
 from fewstep.train.job import TrainJob, TrainResult
@@ -57,7 +58,11 @@ def train_job(context: StageContext, job: TrainJob, uri: str, *, tags: Mapping[s
         run.log_params(job.settings)
         run.set_tags(tags or {})
         result = run_training(
-            job, cluster=context.recipe.cluster, storage=context.storage, uri=uri, tracker=run.handle()
+            watched(job, context.recipe, "teacher"),
+            cluster=context.recipe.cluster,
+            storage=context.storage,
+            uri=uri,
+            tracker=run.handle(),
         )
         run.log_metrics({f"final_{name}": value for name, value in result.figures.items()}, step=result.updates)
     return result

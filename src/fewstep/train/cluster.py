@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import psutil
 import ray
 from ray._private import ray_constants
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 from fewstep.errors import FewstepError
-from fewstep.train.settings import ClusterSettings
+from fewstep.train.settings import ClusterSettings, ElasticWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def local_ray(settings: ClusterSettings) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 by default: seconds lost in every short stage
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour to come; silences a warning
-    with _signals_as_before():
+    with _signals_as_before(), _preemption_watched(address is not None):
         _connect(settings, address)
         try:
             yield
@@ -66,9 +67,6 @@ def _connect(settings: ClusterSettings, address: str | None) -> None:
 
 
 def _start_here(settings: ClusterSettings) -> None:
-    # No machine is taken away from under a Ray of one machine, and the watcher is a process that wakes 200 times a
-    # second beside the training.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for attempt in range(1, START_ATTEMPTS + 1):
         before = set(psutil.Process().children())
         try:
@@ -113,6 +111,23 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextmanager
+def _preemption_watched(watched: bool) -> Iterator[None]:
+    """Let Ray Train watch for nodes that are taken away, or not, in the block; what the environment says goes before.
+
+    No machine is taken away from under a Ray of one machine, and the watcher is a process that wakes 200 times a second
+    beside the training.
+    """
+    if ENABLE_PREEMPTION_WATCHER_ENV_VAR in os.environ:
+        yield
+        return
+    os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "1" if watched else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(ENABLE_PREEMPTION_WATCHER_ENV_VAR, None)
+
+
+@contextmanager
 def _signals_as_before() -> Iterator[None]:
     """Undo Ray's signal handlers at the end of the block."""
     if threading.current_thread() is not threading.main_thread():
@@ -133,9 +148,12 @@ _MIN_ROWS_PER_CPU_WORKER = 16
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """How many workers a training has, and what each of them takes."""
+    """How many workers a training has, and what each of them takes.
 
-    num_workers: int
+    `num_workers` is their number or, where it changes with the cluster, the fewest and the most.
+    """
+
+    num_workers: int | tuple[int, int]
     cpus: int
     use_gpu: bool
 
@@ -151,39 +169,61 @@ def worker_group(
 
     Args:
         settings: what the recipe says.
-        global_batch_size: rows of an update, shared equally by the workers.
+        global_batch_size: rows of an update. Workers whose number is fixed must share them equally: whoever chooses it
+            can choose one of which none waits for another.
         num_streams: canonical streams of the data, likewise; None: any number of workers can read it.
         what: name of the training, for messages.
 
     Raises:
-        FewstepError: the workers do not fit into a cluster that cannot grow, or cannot share the batch equally.
+        FewstepError: the workers do not fit into a cluster that cannot grow, or cannot share the batch.
     """
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     use_gpu = cluster_gpus > 0 if settings.use_gpu == "auto" else settings.use_gpu
-    if settings.num_workers != "auto":
-        num_workers = settings.num_workers
-    else:
-        cores = cluster_cpus // (settings.cpus_per_worker or 1)
-        most = min(cores, cluster_gpus if use_gpu else global_batch_size // _MIN_ROWS_PER_CPU_WORKER)
-        shared = math.gcd(global_batch_size, num_streams or global_batch_size)
-        num_workers = max(number for number in range(1, max(1, most) + 1) if shared % number == 0)
-    if global_batch_size % num_workers:
-        raise FewstepError(
-            f"{what}: global_batch_size={global_batch_size} cannot be shared equally by "
-            f"cluster.num_workers={num_workers}; take a multiple"
-        )
-    cpus = settings.cpus_per_worker or max(1, cluster_cpus // num_workers)
-    if settings.address is None and "RAY_ADDRESS" not in os.environ:
-        if cpus * num_workers > cluster_cpus:
+    shareable = num_streams or global_batch_size
+    asked = settings.num_workers
+    if isinstance(asked, ElasticWorkers):
+        if asked.max > shareable:
             raise FewstepError(
-                f"cluster.num_workers={num_workers} with {cpus} CPU each need {cpus * num_workers} CPUs and this Ray "
-                f"has {cluster_cpus}; take fewer workers, fewer cpus_per_worker, or set "
-                f"cluster.num_cpus={cpus * num_workers}"
+                f"{what}: cluster.num_workers={asked} may be more than the {shareable} "
+                f"{'rows of global_batch_size' if num_streams is None else 'streams of stream.num_streams'}, of which "
+                f"each worker needs one; set max to at most {shareable}"
             )
-        if use_gpu and num_workers > cluster_gpus:
+        assert settings.cpus_per_worker is not None  # the settings check it
+        group = WorkerGroup((asked.min, asked.max), settings.cpus_per_worker, use_gpu)
+        fewest, at_least = asked.min, "at least "
+    else:
+        fewest = _fixed_number(settings, global_batch_size, shareable, cluster_cpus, cluster_gpus if use_gpu else None)
+        at_least = ""
+        if global_batch_size % fewest:
             raise FewstepError(
-                f"cluster.num_workers={num_workers} need a GPU each and this Ray has {cluster_gpus}; "
+                f"{what}: global_batch_size={global_batch_size} cannot be shared equally by "
+                f"cluster.num_workers={fewest}; take a multiple, or {{min, max}} workers, whose shares may differ"
+            )
+        group = WorkerGroup(fewest, settings.cpus_per_worker or max(1, cluster_cpus // fewest), use_gpu)
+    if settings.address is None and "RAY_ADDRESS" not in os.environ:
+        cpus = group.cpus
+        if cpus * fewest > cluster_cpus:
+            raise FewstepError(
+                f"cluster.num_workers={asked} with {cpus} CPU each need {at_least}{cpus * fewest} CPUs and this Ray "
+                f"has {cluster_cpus}; take fewer workers, fewer cpus_per_worker, or set "
+                f"cluster.num_cpus={cpus * fewest}"
+            )
+        if use_gpu and fewest > cluster_gpus:
+            raise FewstepError(
+                f"cluster.num_workers={asked} need a GPU each and this Ray has {cluster_gpus}; "
                 "take as many workers as there are GPUs, or set cluster.use_gpu=false"
             )
-    return WorkerGroup(num_workers=num_workers, cpus=cpus, use_gpu=use_gpu)
+    return group
+
+
+def _fixed_number(
+    settings: ClusterSettings, global_batch_size: int, shareable: int, cpus: int, gpus: int | None
+) -> int:
+    """Return the number of workers that is asked for, or with auto the best for a cluster of so many CPUs and GPUs."""
+    if isinstance(settings.num_workers, int):
+        return settings.num_workers
+    cores = cpus // (settings.cpus_per_worker or 1)
+    most = min(cores, global_batch_size // _MIN_ROWS_PER_CPU_WORKER if gpus is None else gpus)
+    shared = math.gcd(global_batch_size, shareable)
+    return max(number for number in range(1, max(1, most) + 1) if shared % number == 0)

@@ -15,8 +15,8 @@ class Host(Protocol):
     """One worker's surroundings. `in_process` has the one without Ray, `worker` the one inside Ray Train; both have the
     other workers from `parallel`.
 
-    Every worker makes the same calls of `parallel`, `shard_frozen`, `whole`, `gather`, `mean` and `save` in the same
-    order.
+    Every worker makes the same calls of `parallel`, `shard_frozen`, `whole`, `gather`, `mean`, `must_save` and `save`
+    in the same order.
     """
 
     rank: int
@@ -48,6 +48,10 @@ class Host(Protocol):
 
     def save(self, state: TrainState | None, *, update: int, last: bool) -> None:
         """Store a checkpoint; rank 0 brings the state. Returns before it is stored, unless it is the last one."""
+
+    def must_save(self, updates_done: int) -> bool:
+        """Return whether a checkpoint is to be written after this update, whatever the settings say; asked after every
+        update, the same answer on every worker, without waiting for the device."""
 
     def ticked(self, updates_done: int) -> None:
         """Be told that an update was queued."""

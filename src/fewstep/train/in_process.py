@@ -47,6 +47,9 @@ class LocalHost(Workers):
         for old in self._kept()[: -self._num_to_keep]:
             shutil.rmtree(old)
 
+    def must_save(self, updates_done: int) -> bool:
+        return False
+
     def ticked(self, updates_done: int) -> None:
         return
 

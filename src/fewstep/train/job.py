@@ -39,12 +39,15 @@ class TrainJob:
         export: called as export(network, folder) on rank 0, with the weights to hand over; writes what the stage keeps.
         settings: the training's settings.
         seed: seed of every random number of the training.
-        num_streams: canonical streams of the batches, which the workers share equally; None: any number can read them.
+        num_streams: canonical streams of the batches, which the workers share; None: the rows themselves.
         grouped: the rows of each stream in a batch have a shape of their own, so that no micro-batch may have rows of
             two streams.
         tags: stored beside the result.
+        labels: which training it is, for those who watch: recipe, stage, training.
+        flops: returns the FLOPs of one sample in an update; called by the driver where there are GPUs, and what it
+            raises only leaves a figure out. None: they are not known.
 
-    The three callables must be picklable: `functools.partial` of module-level functions.
+    The callables must be picklable: `functools.partial` of module-level functions.
     """
 
     name: str
@@ -57,6 +60,8 @@ class TrainJob:
     num_streams: int | None = None
     grouped: bool = False
     tags: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    flops: Callable[[], float] | None = None
 
     @property
     def rows_of_one_shape(self) -> int | None:

@@ -22,7 +22,7 @@ from fewstep.train.optimiser import clip_gradients, make_optimizer, set_learning
 from fewstep.train.parallel import gathered, gradient_sync, load_network, load_optimizer
 from fewstep.train.precision import resolve_precision
 from fewstep.train.prepare import compile_network, prepare_frozen, prepare_network
-from fewstep.train.settings import TrainSettings, wrong_group, wrong_micro_batch
+from fewstep.train.share import share_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,7 @@ def train(job: TrainJob, host: Host) -> Trained:
     """
     settings = job.settings
     device = host.device
-    rows_per_worker = _rows_per_worker(settings, host)
-    micro_batches = _micro_batches(job, rows_per_worker)
+    share = share_of(job, rank=host.rank, world_size=host.world_size)
 
     torch.manual_seed(job.seed)
     objective = job.objective(device)
@@ -99,8 +98,8 @@ def train(job: TrainJob, host: Host) -> Trained:
     for update in range(first, settings.updates):
         with meters.waiting():
             batch = next(stream, None)
-        if batch is None or len(batch.rows) != rows_per_worker:
-            raise DataError(_wrong_batch(job, update, rows_per_worker, None if batch is None else len(batch.rows)))
+        if batch is None or len(batch.rows) != share.rows:
+            raise DataError(_wrong_batch(job, update, share.rows, None if batch is None else len(batch.rows)))
         finite.note(batch)
 
         # Anything that draws without RowRandom (dropout) depends on the update and the rank, never on the process.
@@ -109,26 +108,29 @@ def train(job: TrainJob, host: Host) -> Trained:
         optimizer.zero_grad(set_to_none=True)
         data = _to_device(batch.data, device)
         readings = []
-        for rows in micro_batches:
-            random = RowRandom(seed=job.seed, step=update, rows=batch.rows[rows], device=device)
-            with gradient_sync(model, on=rows is micro_batches[-1]):
+        for number, part in enumerate(share.passes, start=1):
+            random = RowRandom(seed=job.seed, step=update, rows=batch.rows[part.rows], device=device)
+            with gradient_sync(model, on=number == len(share.passes)):
                 with autocast:
-                    loss, figures = objective.loss(model, _take(data, rows, of=rows_per_worker, device=device), random)
-                (loss / len(micro_batches)).backward()  # a mean over the rows, as all micro-batches have as many
+                    taken = _take(data, part.rows, of=share.rows, device=device)
+                    loss, figures = objective.loss(model, taken, random)
+                (loss / part.divisor).backward()  # so that the average over the workers is the mean over all rows
             readings.append({**figures, "loss": loss.detach()})
         grad_norm = clip_gradients(parameters, settings.grad_clip_norm)
         optimizer.step()
         if ema is not None:
             ema.step(update)
-        meters.add({**_mean(readings), "grad_norm": grad_norm})
+        meters.add({**share.mean(readings), "grad_norm": grad_norm})
 
         done = update + 1
         host.ticked(done)
-        save_now = done % settings.checkpoint_every == 0 or done == settings.updates
+        early = host.must_save(done)
+        save_now = early or done % settings.checkpoint_every == 0 or done == settings.updates
         if save_now or done % settings.log_every == 0:  # the only places where the host waits for the device
             means, each_update = meters.read(host.mean)
             finite.check(each_update, own_losses=meters.own_losses, done=done)
             means["learning_rate"] = optimizer.param_groups[0]["lr"]
+            means["workers"] = float(host.world_size)
             if save_now:
                 finite.check_weights(parameters, done=done)
                 positions = host.gather((batch.state, batch.counts, batch.drawn))
@@ -170,26 +172,6 @@ def _figure_name(reason: str) -> str:
     return f"{'skipped' if rest == reason else 'filtered'}/{said}"[:200]
 
 
-def _rows_per_worker(settings: TrainSettings, host: Host) -> int:
-    rows, rest = divmod(settings.global_batch_size, host.world_size)
-    if rest:
-        raise DataError(
-            f"global_batch_size={settings.global_batch_size} cannot be shared equally by {host.world_size} workers; "
-            f"take a multiple of {host.world_size}, or another num_workers"
-        )
-    return rows
-
-
-def _micro_batches(job: TrainJob, rows_per_worker: int) -> list[slice]:
-    group = job.rows_of_one_shape
-    size = job.settings.micro_batch_size or group or rows_per_worker
-    if group is not None and group % size:
-        raise DataError(wrong_group(size, group, job.settings.global_batch_size))
-    if rows_per_worker % size:
-        raise DataError(wrong_micro_batch(size, rows_per_worker))
-    return [slice(start, start + size) for start in range(0, rows_per_worker, size)]
-
-
 def _take(data: dict[str, Any], rows: slice, *, of: int, device: torch.device) -> dict[str, Any]:
     """Return the named rows of a batch, stacked on the device where groups of them have unlike shapes; what is not one
     entry for each row belongs to every micro-batch."""
@@ -202,13 +184,6 @@ def _take(data: dict[str, Any], rows: slice, *, of: int, device: torch.device) -
         return _move(torch.stack(taken), device) if isinstance(taken, list) and isinstance(taken[0], Tensor) else taken
 
     return {name: take(value) for name, value in data.items()}
-
-
-@torch.no_grad()
-def _mean(readings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if len(readings) == 1:
-        return readings[0]
-    return {name: torch.stack([reading[name].detach() for reading in readings]).mean() for name in readings[0]}
 
 
 def _to_device(data: dict[str, Any], device: torch.device) -> dict[str, Any]:

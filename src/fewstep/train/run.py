@@ -7,25 +7,27 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.cloudpickle
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import ScalingConfig  # type checkers see an older one in ray.train
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from fewstep.errors import CheckpointError, FewstepError, StorageError
 from fewstep.storage import join
 from fewstep.storage.faults import is_full
 from fewstep.train.board import Notes, make_board
-from fewstep.train.cluster import local_ray, worker_group
+from fewstep.train.cluster import WorkerGroup, local_ray, worker_group
 from fewstep.train.device import free_device_memory
 from fewstep.train.job import TrackerHandle, TrainJob, TrainResult
 from fewstep.train.lease import lease
 from fewstep.train.progress import ProgressPrinter, Watcher
-from fewstep.train.settings import ClusterSettings
+from fewstep.train.settings import ClusterSettings, wrong_micro_batch
 from fewstep.train.worker import RESULT_NAME, WorkerTask, run_worker
 
 if TYPE_CHECKING:
@@ -115,8 +117,16 @@ def _trainer(
     group = worker_group(
         cluster, global_batch_size=job.settings.global_batch_size, num_streams=job.num_streams, what=job.name
     )
+    _check_micro_batch(job, group)
     filesystem, root_path = storage.arrow_filesystem()
-    task = WorkerTask(job=job, storage=storage, uri=uri, tracker=tracker)
+    task = WorkerTask(
+        job=replace(job, flops=None),
+        storage=storage,
+        uri=uri,
+        tracker=tracker,
+        bounds=None if isinstance(group.num_workers, int) else group.num_workers,
+        flops=_flops(job) if group.use_gpu else None,
+    )
     resources = {"CPU": float(group.cpus)} | ({"GPU": 1.0} if group.use_gpu else {})
     return TorchTrainer(
         run_worker,
@@ -129,17 +139,41 @@ def _trainer(
         },
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=group.num_workers, use_gpu=group.use_gpu, resources_per_worker=resources
+            num_workers=group.num_workers,
+            use_gpu=group.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # Ray shows type checkers the class of its older API
             name="checkpoints",
             storage_path=_arrow_path(uri, root=storage.root, root_path=root_path),
             storage_filesystem=filesystem,
+            # By Ray's default a node that is taken away costs none of these tries, and there is no end to its own.
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=job.settings.num_checkpoints_to_keep),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def _check_micro_batch(job: TrainJob, group: WorkerGroup) -> None:
+    """Refuse a micro-batch that leaves a rest in every update, where the number of workers is known."""
+    size = job.settings.micro_batch_size
+    if size is not None and isinstance(group.num_workers, int):
+        rows = job.settings.global_batch_size // group.num_workers
+        if rows % size:
+            raise FewstepError(wrong_micro_batch(size, rows))
+
+
+def _flops(job: TrainJob) -> float | None:
+    """Return the FLOPs of a sample; None, said once, where they cannot be counted."""
+    if job.flops is None:
+        return None
+    try:
+        return job.flops()
+    except Exception as error:  # a figure for those who watch must not end a training
+        logger.info("%s: its share of the GPUs' peak (MFU) is not shown: %s", job.name, _last_line(error))
+        return None
 
 
 def _arrow_path(uri: str, *, root: str, root_path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 #: Settings that only say how a training is watched and saved.
 ONLY_WATCHING = frozenset({"checkpoint_every", "num_checkpoints_to_keep", "keep_checkpoints_when_done", "log_every"})
@@ -68,8 +68,9 @@ class TrainSettings(BaseModel):
         default=None,
         gt=0,
         description="rows of one worker in one forward and backward pass, whose gradients are added up to the update; "
-        "it must divide a worker's rows; null: all at once. With encode.buckets it must divide the rows of one size of "
-        "picture, global_batch_size / stream.num_streams; null: those",
+        "it must divide the global batch and, where their number is fixed, a worker's rows; null: all at once. With "
+        "encode.buckets it must divide the rows of one size of picture, global_batch_size / stream.num_streams; null: "
+        "those",
     )
     gradient_checkpointing: bool = Field(
         default=False,
@@ -164,22 +165,63 @@ def wrong_group(micro_batch_size: int, group: int, global_batch_size: int) -> st
     )
 
 
+class ElasticWorkers(BaseModel):
+    """As many workers as the cluster has room for, between two bounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(gt=0, description="fewest workers; a training waits until there is room for them")
+    max: int = Field(
+        gt=0, description="most workers, asked for where nodes start on demand; at most stream.num_streams"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}; swap them, or take a number instead of both")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.min}…{self.max}"
+
+
+def _kind_of_workers(value: object) -> str:
+    if isinstance(value, (dict, ElasticWorkers)):
+        return "bounds"
+    return "auto" if isinstance(value, str) and not value.strip().isdigit() else "number"
+
+
 class ClusterSettings(BaseModel):
     """The Ray cluster: where it is, and how many workers of what size a training takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_workers: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+    num_workers: Annotated[
+        Annotated[Literal["auto"], Tag("auto")]
+        | Annotated[int, Field(gt=0), Tag("number")]
+        | Annotated[ElasticWorkers, Tag("bounds")],
+        Discriminator(_kind_of_workers),  # so that an error is about what was meant
+    ] = Field(
         default=1,
         description="training workers; each takes its share of the global batch; auto: one for each GPU that the "
-        "cluster has now, or on CPUs one for each core, at least 16 samples each",
+        "cluster has now, or on CPUs one for each core, at least 16 samples each; {min, max}: as many as there is room "
+        "for, more or fewer as nodes come and go, with the same global batch",
     )
     use_gpu: Literal["auto"] | bool = Field(
         default="auto",
-        description="one GPU for each worker; auto: if the cluster has any now (say true where nodes start on demand)",
+        description="one GPU for each worker; auto: if the cluster has any now (say true or false where nodes start on "
+        "demand, and with {min, max} workers)",
     )
     cpus_per_worker: int | None = Field(
-        default=None, gt=0, description="CPU cores of a worker; null: the cluster's CPUs shared among the workers"
+        default=None,
+        gt=0,
+        description="CPU cores of a worker; null: the cluster's CPUs shared out; {min, max} workers need a number",
+    )
+    resize_every_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="with {min, max} workers: seconds between two looks whether more fit. A change of their number "
+        "begins again from the last checkpoint (train.checkpoint_every), so let them not be too frequent",
     )
     collective_timeout_s: int = Field(
         default=1800,
@@ -187,7 +229,12 @@ class ClusterSettings(BaseModel):
         description="seconds that workers wait for one another before the run counts as failed; some wait while others "
         "fetch the teacher or a checkpoint, or while the store takes one in",
     )
-    max_failures: int = Field(default=3, ge=0, description="worker deaths that one run recovers from by itself")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="worker deaths that one run recovers from by itself; those by a node of which Ray was told that it "
+        "is taken away (preemption) do not count",
+    )
     address: str | None = Field(
         default=None, description="address of a running Ray; null: $RAY_ADDRESS, or else a Ray started on this machine"
     )
@@ -197,3 +244,27 @@ class ClusterSettings(BaseModel):
     object_store_bytes: int = Field(
         default=256 * 2**20, ge=80 * 2**20, description="shared memory of the Ray started on this machine"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not isinstance(self.num_workers, ElasticWorkers):
+            return self
+        if self.use_gpu == "auto":
+            raise ValueError(
+                f"num_workers={self.num_workers} with use_gpu=auto: a cluster that grows may have no GPU yet, and the "
+                "training would begin without; say use_gpu: true, or false"
+            )
+        if self.cpus_per_worker is None:
+            raise ValueError(
+                f"num_workers={self.num_workers} without cpus_per_worker: how many cores each gets cannot be told from "
+                "a cluster that grows and shrinks; set cpus_per_worker (cores of a node / workers on it, less one for "
+                "Ray)"
+            )
+        return self
+
+    @property
+    def most_workers(self) -> int | None:
+        """The most workers that a training may have; None: what the cluster has decides."""
+        if self.num_workers == "auto":
+            return None
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max

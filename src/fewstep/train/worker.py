@@ -24,10 +24,15 @@ from fewstep.storage import join
 from fewstep.storage.faults import full_error, is_full
 from fewstep.train.board import BoardLogHandler
 from fewstep.train.checkpoint import TrainState, load_state, save_state, scratch_folder
+from fewstep.train.gauges import TrainingGauges
 from fewstep.train.in_process import make_result
 from fewstep.train.job import TrackerHandle, TrainJob
 from fewstep.train.loop import train
 from fewstep.train.parallel import Workers
+from fewstep.train.peak import peak_tflops
+from fewstep.train.precision import resolve_precision
+from fewstep.train.preemption import PreemptionWatch, is_watched
+from fewstep.train.share import share_of
 
 if TYPE_CHECKING:
     from fewstep.storage import Storage
@@ -40,12 +45,19 @@ _TICK_EVERY_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTask:
-    """What each worker is told; travels pickled, and is opened after the environment is set."""
+    """What each worker is told; travels pickled, and is opened after the environment is set.
+
+    Attributes:
+        bounds: the fewest and the most workers, where their number changes with the cluster.
+        flops: of one sample in an update; None: not known.
+    """
 
     job: TrainJob
     storage: Storage
     uri: str
     tracker: TrackerHandle | None
+    bounds: tuple[int, int] | None = None
+    flops: float | None = None
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -103,7 +115,7 @@ def _in_words(error: Exception, job: TrainJob, host: RayHost) -> FewstepError | 
 
 def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> FewstepError:
     settings = job.settings
-    rows = settings.global_batch_size // world_size
+    rows = share_of(job, rank=0, world_size=world_size).rows
     at_once = settings.micro_batch_size or job.rows_of_one_shape or rows
     return FewstepError(
         f"{job.name}: the GPU's memory is full ({str(error).splitlines()[0]}). A worker has {rows} of "
@@ -113,6 +125,14 @@ def _out_of_memory(error: BaseException, job: TrainJob, world_size: int) -> Fews
         "bfloat16, ema_device: cpu, or more workers (cluster.num_workers), with strategy: fsdp if the weights alone "
         "do not fit"
     )
+
+
+def _flops_of_peak(task: WorkerTask, device: torch.device) -> float | None:
+    """Return the seconds that a sample would take at one GPU's peak; None: FLOPs or peak are not known."""
+    if task.flops is None or device.type != "cuda":
+        return None
+    peak = peak_tflops(torch.cuda.get_device_name(device), resolve_precision(task.job.settings.precision, device))
+    return None if peak is None else task.flops / (peak * 1e12)
 
 
 def _log_to(board: Any) -> None:
@@ -131,6 +151,9 @@ class RayHost(Workers):
         self.scratch = scratch_folder()
         self._board = board
         self._tracker = task.tracker if self.rank == 0 else None
+        self._job, self._bounds = task.job, task.bounds
+        self._gauges = TrainingGauges(task.job.labels, flops_of_peak=_flops_of_peak(task, self.device))
+        self._preemption: PreemptionWatch | None = None
         self._ticked_s = 0.0
         self._uploading: list[Path] = []
 
@@ -138,8 +161,17 @@ class RayHost(Workers):
         gc.collect()
         gc.freeze()  # what is loaded now stays: the collector need not walk through it again in every step
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
+        state = None if checkpoint is None else self._fetch(checkpoint)
+        done = 0 if state is None else state.update
+        if self._bounds is not None and self.rank == 0:
+            fewest, most = self._bounds
+            what = "trains" if state is None else f"goes on from update {done}"
+            logger.info("%s: %s with %d of %d…%d workers", self._job.name, what, self.world_size, fewest, most)
+        if is_watched():
+            self._preemption = PreemptionWatch(self._job.name, first=done, speaks=self.rank == 0)
+        return state
+
+    def _fetch(self, checkpoint: ray.train.Checkpoint) -> TrainState:
         # Once a node: SDXL's state is 41 GB. In a folder of our own: Ray's shared one is named after the path and can
         # hold leftovers of a killed process.
         node = ray.get_runtime_context().get_node_id()
@@ -177,6 +209,9 @@ class RayHost(Workers):
             delete_local_checkpoint_after_upload=True,
         )
 
+    def must_save(self, updates_done: int) -> bool:
+        return self._preemption is not None and self._preemption.must_save(updates_done)
+
     def ticked(self, updates_done: int) -> None:
         now_s = time.monotonic()
         if self.rank == 0 and now_s - self._ticked_s >= _TICK_EVERY_S:
@@ -187,6 +222,7 @@ class RayHost(Workers):
         if self.rank != 0:
             return
         self._board.progress.remote(updates_done, figures)
+        self._gauges.show(figures, updates_done=updates_done)
         if self._tracker is not None:
             self._tracker.metrics(figures, updates_done)
 

@@ -16,7 +16,7 @@ from fewstep.data_commands import inspect, prepare
 from fewstep.plain_errors import plain_errors
 from fewstep.recipe_arguments import OUT_OPTION, RECIPE, RECIPE_OPTION, SET_OPTION, recipe_of
 from fewstep.registry_commands import promote, versions
-from fewstep.stage_commands import evaluate, run, stage
+from fewstep.stage_commands import drain, evaluate, run, stage
 
 MODEL_HELP = "a folder, s3://…, models:/NAME@champion, asset:NAME, or a hub id ORG/NAME"
 DEMO_RECIPE = Path("workflows/recipes/demo.yaml")
@@ -37,7 +37,7 @@ def main(verbose: bool) -> None:
     _quiet_libraries()
 
 
-for command in (bench, evaluate, inspect, prepare, promote, run, stage, versions):
+for command in (bench, drain, evaluate, inspect, prepare, promote, run, stage, versions):
     main.add_command(command)
 
 

@@ -79,3 +79,20 @@ def evaluate(recipe: Path, students: tuple[str, ...], out: Path, changes: tuple[
     with open_workplace(loaded) as workplace:
         files = evaluate_models(loaded, workplace.storage, workplace.tracker, students=students, out=out)
     click.echo(str(files.html))
+
+
+@click.command()
+@click.option("--deadline-s", type=click.FloatRange(min=1), required=True, help="Seconds until this machine is gone.")
+@click.option("--address", envvar="RAY_ADDRESS", required=True, help="The Ray cluster, host:port.  [$RAY_ADDRESS]")
+@click.option("--node-id", help="This machine's node in it.  [default: the only one with its address]")
+@plain_errors
+def drain(deadline_s: float, address: str, node_id: str | None) -> None:
+    """Tell Ray that this machine is about to be taken away, and wait until its training workers have gone.
+
+    Trainings write a checkpoint at once and go on without it. Pods of workers run this before they are stopped
+    (preStop); where no training worker is, it does nothing.
+    """
+    from fewstep.train.drain import drain_this_node
+
+    if not drain_this_node(address, deadline_s=deadline_s, node_id=node_id):
+        click.echo("no training worker runs here: nothing to drain")

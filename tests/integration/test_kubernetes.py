@@ -152,7 +152,7 @@ def _client(port: int, key: dict[str, str]) -> Any:
     )
 
 
-def _wait(look: Callable[[], Any], what: str, log: Path, timeout_s: float = 120) -> Any:
+def _wait(look: Callable[[], Any], what: str, log: Path, timeout_s: float = 300) -> Any:
     deadline = time.monotonic() + timeout_s
     while True:
         try:

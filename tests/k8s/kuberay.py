@@ -13,10 +13,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -152,6 +154,9 @@ class RayCluster:
         self.namespace = namespace
         self.folder = folder
         self.token = secrets.token_hex(16)
+        # Ray's sockets lie below it, and their paths may have 107 characters.
+        self.ray_folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+        self.nodes: list[Process] = []
         self.dashboard_port = free_port()
         self.url = f"http://127.0.0.1:{self.dashboard_port}"
         gcs_port = free_port()
@@ -168,7 +173,14 @@ class RayCluster:
             "block": "",
             **{key: value for key, value in head["rayStartParams"].items() if key != "dashboard-host"},
         }
-        self.nodes = [self._node("head", parameters, self.environment)]
+        try:
+            self._start(spec, parameters, gcs_port, with_worker=with_worker)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, spec: Manifest, head: Mapping[str, str], gcs_port: int, *, with_worker: bool) -> None:
+        self.nodes.append(self._node("head", head, self.environment))
         (group,) = spec["workerGroupSpecs"]
         if with_worker and group["replicas"]:
             (container,) = group["template"]["spec"]["containers"]
@@ -195,7 +207,7 @@ class RayCluster:
             "RAY_health_check_timeout_ms": "60000",
             "OMP_NUM_THREADS": "1",
             "HOME": str(self.folder),
-            "RAY_TMPDIR": str(self.folder),
+            "RAY_TMPDIR": str(self.ray_folder),
         }
 
     def _node(self, name: str, parameters: Mapping[str, str], environment: Mapping[str, str]) -> Process:
@@ -226,6 +238,7 @@ class RayCluster:
         for each in psutil.process_iter(["environ"]):
             if (each.info["environ"] or {}).get("RAY_AUTH_TOKEN") == self.token:
                 each.kill()
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
 
 
 class RayJob:

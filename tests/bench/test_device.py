@@ -9,13 +9,13 @@ from fewstep.bench.device import (
     Stopwatch,
     device_name,
     measure_matmul_tflops,
-    peak_tflops,
     prepare_network,
     resolve_device,
     tuned,
 )
 from fewstep.bench.settings import Tuning
 from fewstep.errors import FewstepError
+from fewstep.train.peak import peak_tflops
 
 CPU = torch.device("cpu")
 

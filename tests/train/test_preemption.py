@@ -64,6 +64,23 @@ def test_quick_updates_are_not_held_up_by_asking(monkeypatch: pytest.MonkeyPatch
     assert 10 <= ray_says.asked <= 20  # in 20 seconds: about every two
 
 
+def test_who_loses_a_worker_of_that_node_waits_for_ray_until_after_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray_says = Signal(monkeypatch)
+    waits: list[float] = []
+    monkeypatch.setattr(preemption.time, "time", lambda: 1_700_000_000 - 5 + sum(waits))
+    monkeypatch.setattr(preemption.time, "sleep", waits.append)
+    watch = PreemptionWatch("toy", first=0, speaks=False)
+    watch.outlast()
+    assert waits == []  # no node is taken away: an error is a fault
+    ray_says.now_s += 3.0
+    ray_says.nodes = {"a": [1]}
+    assert watch.must_save(1)
+    watch.outlast()
+    assert sum(waits) == pytest.approx(5 + 30, abs=0.5)
+
+
 class Warned(LocalHost):
     """A host that is told of the end of a node after an update."""
 

@@ -53,9 +53,11 @@ class Board:
 
 
 def make_board() -> Any:
-    """Return the handle of a new board on this machine; it ends with the driver."""
+    """Return the handle of a new board on this node; it ends with the driver."""
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    # Workers that start ask it first: should it go with its node, it comes again elsewhere, empty.
+    return ray.remote(Board).options(**options, max_restarts=-1, max_task_retries=5).remote()
 
 
 class BoardLogHandler(logging.Handler):

@@ -11,6 +11,7 @@ import ray.train.collective
 from ray._private.ray_constants import env_bool
 from ray.train.v2._internal.constants import (
     DEFAULT_ENABLE_PREEMPTION_WATCHER,
+    DEFAULT_PREEMPTION_DEADLINE_S,
     ENABLE_PREEMPTION_WATCHER_ENV_VAR,
 )
 
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: Workers ask one another about so often: an answer takes milliseconds, and Ray itself looks every five seconds.
 _LOOK_EVERY_S = 2.0
+
+#: After the deadline, until which a worker waits that Ray ends it.
+_PATIENCE_S = 30.0
 
 
 def is_watched() -> bool:
@@ -42,6 +46,7 @@ class PreemptionWatch:
         self._name, self._speaks = name, speaks
         self._asked_s, self._asked_at, self._every = time.monotonic(), first, 1
         self._known: set[str] = set()
+        self._until_s = 0.0  # time of day
 
     def must_save(self, updates_done: int) -> bool:
         """Return whether a node was named since the last time. All workers must ask after every update."""
@@ -58,6 +63,10 @@ class PreemptionWatch:
         if info is None or not named:
             return False
         self._known |= named
+        deadline_s = (
+            time.time() + DEFAULT_PREEMPTION_DEADLINE_S if info.deadline_ms is None else info.deadline_ms / 1000
+        )
+        self._until_s = deadline_s + _PATIENCE_S
         if self._speaks:
             logger.warning(
                 "%s: %s of the training will be taken away%s, with workers %s; a checkpoint of update %d is written "
@@ -69,6 +78,15 @@ class PreemptionWatch:
                 updates_done,
             )
         return True
+
+    def outlast(self) -> None:
+        """Wait for Ray to end this process, if a node of the training is being taken away; return when it does not.
+
+        When a node goes, the other workers' exchanges break. Ray takes that for a fault of theirs if it hears of it
+        before it knows of the node's end, and counts it against the tries that are there for real faults.
+        """
+        while self._known and time.time() < self._until_s:
+            time.sleep(0.2)
 
 
 def _clock(time_ms: int) -> str:

@@ -89,6 +89,7 @@ def run_worker(config: dict[str, Any]) -> None:
     except Exception as raised:
         error = _in_words(raised, task.job, host)
         if error is None:
+            host.outlast_preemption()
             raise
         ray.get(board.fail.remote(error))
         if host.world_size > 1:
@@ -211,6 +212,11 @@ class RayHost(Workers):
 
     def must_save(self, updates_done: int) -> bool:
         return self._preemption is not None and self._preemption.must_save(updates_done)
+
+    def outlast_preemption(self) -> None:
+        """Wait for the end that Ray has announced, if it has: the error at hand may come of it."""
+        if self._preemption is not None:
+            self._preemption.outlast()
 
     def ticked(self, updates_done: int) -> None:
         now_s = time.monotonic()

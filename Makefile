@@ -9,6 +9,11 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?=
+# Another, such as "buildah bud --format docker", or "docker buildx build --push" with a registry's IMAGE_PREFIX.
+IMAGE_BUILDER ?= docker build
+IMAGE_PREFIX ?= fewstep-
+IMAGE_TAG ?= latest
+IMAGE_ARGS ?=
 GPU_TUNING ?= --channels-last --compile --tf32 --cudnn-benchmark
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +23,7 @@ export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev img2dataset demo test test-long manifests lint types contracts format teacher serve gpu-check constraints clean
+.PHONY: help install install-dev img2dataset demo test test-long manifests lint types contracts format teacher serve gpu-check images constraints clean
 
 help: ## Show what make can do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,9 +52,9 @@ install: $(VENV)/.installed-demo ## Make .venv with all that the demo needs
 install-dev: $(VENV)/.installed-dev ## The same, and what the tests need
 
 # img2dataset needs older libraries than fewstep has, so it runs in an environment of its own.
-$(IMG2DATASET)/.installed: docker/prepare/requirements.txt | $(BIN)/pip
+$(IMG2DATASET)/.installed: docker/prepare/requirements.txt docker/prepare/constraints.txt | $(BIN)/pip
 	$(PYTHON) -m venv $(IMG2DATASET)
-	$(IMG2DATASET)/bin/pip install --progress-bar off $(PIP_ARGS) -r docker/prepare/requirements.txt
+	$(IMG2DATASET)/bin/pip install --progress-bar off $(PIP_ARGS) -c docker/prepare/constraints.txt -r docker/prepare/requirements.txt
 	@touch $@
 
 img2dataset: $(IMG2DATASET)/.installed ## Make .venv-img2dataset, with what downloads pictures that metadata name
@@ -99,6 +104,12 @@ gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU, and w
 	$(FEWSTEP) bench sample --shape sd15 $(GPU_TUNING) --json > runs/gpu-check/sample-tuned.json
 	$(FEWSTEP) bench sample --shape sd15 --batch-size 1 --json > runs/gpu-check/sample-one.json
 	$(FEWSTEP) bench table runs/gpu-check/{train,train-tuned,train-variants,sample,sample-tuned,sample-one}.json --into docs/benchmarks.md
+
+images: image-training image-serving image-prepare ## Build the images fewstep-training, -serving and -prepare (PIP_ARGS for torch's CPU build)
+
+image-%: docker/%/Dockerfile
+	$(IMAGE_BUILDER) -f $< -t $(IMAGE_PREFIX)$*:$(IMAGE_TAG) --build-arg PIP_ARGS="$(PIP_ARGS)" \
+	  --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --match= 2>/dev/null)" $(IMAGE_ARGS) .
 
 constraints: install-dev ## Write constraints.txt from what .venv holds
 	{ echo "# The set of versions that the tests ran with, on Python 3.11. Made by: make constraints"; \

@@ -9,6 +9,7 @@ v1.7.0 writes (ray-operator/controllers/ray/common/job.go, BuildJobSubmitCommand
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray.job_submission import JobSubmissionClient
 
 from k8s.rendered import Manifest, find
 
 BIN = Path(sys.executable).parent
 _EXPANSION = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
+START_ATTEMPTS = 3
 _SOURCES = {"configMapRef": "ConfigMap", "secretRef": "Secret"}
 _KEYS = {"configMapKeyRef": "ConfigMap", "secretKeyRef": "Secret"}
 #: What stands on this machine and what a pod does not have.
@@ -99,6 +101,7 @@ class Namespace:
             if value is not None:
                 found[variable["name"]] = expanded(value, found)
         here = {name: os.environ[name] for name in _OF_THE_MACHINE if name in os.environ}
+        here["PATH"] = f"{BIN}:{here['PATH']}"  # as the images have it
         return {**here, **{name: self.here(value) for name, value in found.items()}}
 
     def here(self, text: str) -> str:
@@ -180,7 +183,7 @@ class RayCluster:
             raise
 
     def _start(self, spec: Manifest, head: Mapping[str, str], gcs_port: int, *, with_worker: bool) -> None:
-        self.nodes.append(self._node("head", head, self.environment))
+        self._node("head", head, self.environment)
         (group,) = spec["workerGroupSpecs"]
         if with_worker and group["replicas"]:
             (container,) = group["template"]["spec"]["containers"]
@@ -193,9 +196,7 @@ class RayCluster:
                 "object-store-memory": str(150 * 2**20),
                 "block": "",
             }
-            self._wait()
-            self.nodes.append(self._node("worker", parameters, self._environment(container)))
-        self._wait()
+            self._node("worker", parameters, self._environment(container))
 
     def _environment(self, container: Manifest) -> dict[str, str]:
         # As KubeRay adds to a container, and as small as the tests' machine.
@@ -210,25 +211,44 @@ class RayCluster:
             "RAY_TMPDIR": str(self.ray_folder),
         }
 
-    def _node(self, name: str, parameters: Mapping[str, str], environment: Mapping[str, str]) -> Process:
+    def _node(self, name: str, parameters: Mapping[str, str], environment: Mapping[str, str]) -> None:
+        """Start a node and wait for it. Ray gives its parts 30 s; a container that ends is started again."""
         arguments = [f"--{key}={value}" if value else f"--{key}" for key, value in parameters.items()]
-        return Process([str(BIN / "ray"), "start", *arguments], environment, self.folder / f"{name}.log")
+        log = self.folder / f"{name}.log"
+        for _ in range(START_ATTEMPTS):
+            node = Process([str(BIN / "ray"), "start", *arguments], environment, log)
+            self.nodes.append(node)
+            while node.process.poll() is None:
+                if self._num_nodes() >= (1 if name == "head" else 2):
+                    return
+                time.sleep(0.3)
+            self.nodes.remove(node)
+        raise AssertionError(f"Ray's {name} does not start: {log.read_text()[-3000:]}")
 
-    def _wait(self, timeout_s: float = 120) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/api/gcs_healthz", timeout=5) as answer:
-                    if b"success" in answer.read():
-                        return
-            except OSError:
-                pass
-            assert time.monotonic() < deadline, (self.folder / "head.log").read_text()[-3000:]
-            time.sleep(0.2)
+    def _num_nodes(self) -> int:
+        request = urllib.request.Request(f"{self.url}/nodes?view=summary", headers=self.authorization)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                nodes = json.loads(answer.read())["data"]["summary"]
+        except (OSError, http.client.HTTPException):
+            return 0
+        return sum(each.get("raylet", {}).get("state") == "ALIVE" for each in nodes)
 
-    def client(self) -> JobSubmissionClient:
-        """Return a client that has the token, as KubeRay's operator has it."""
-        return JobSubmissionClient(self.url, headers={"Authorization": f"Bearer {self.token}"})
+    def job_status(self, job_id: str) -> str | None:
+        """Return a job's status as the dashboard tells it, "" before it is submitted; None: it does not answer."""
+        request = urllib.request.Request(f"{self.url}/api/jobs/{job_id}", headers=self.authorization)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return str(json.loads(answer.read())["status"])
+        except urllib.error.HTTPError as error:
+            return "" if error.code == 404 else None
+        except (OSError, http.client.HTTPException):
+            return None
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that KubeRay's operator sends."""
+        return {"Authorization": f"Bearer {self.token}"}
 
     def stop(self) -> None:
         """Take it down, as KubeRay deletes the pods."""
@@ -279,11 +299,12 @@ class RayJob:
 
     def status(self, cluster: RayCluster, job_id: str, submitter: Process) -> dict[str, str]:
         """Return what KubeRay would write into the object's status now (rayjob_controller.go)."""
-        try:
-            state = cluster.client().get_job_status(job_id).value
-        except RuntimeError:  # not submitted yet
-            state = ""
-        deployment = "Initializing" if not state else "Running"
+        state = cluster.job_status(job_id)
+        if state is None:  # the dashboard is busy: KubeRay asks again later
+            return {"jobStatus": "", "jobDeploymentStatus": "Initializing"}
+        deployment = "Running" if state else "Initializing"
+        if not state and submitter.process.poll():
+            deployment = "Failed"  # it could not be submitted
         if state in ("SUCCEEDED", "FAILED", "STOPPED") and submitter.process.poll() is not None:
             again = state == "FAILED" and self.tries <= self.spec["backoffLimit"]
             deployment = "Retrying" if again else "Failed" if state == "FAILED" else "Complete"
@@ -319,7 +340,7 @@ def put_serve_config(cluster: RayCluster, config: Mapping[str, Any]) -> None:
         f"{cluster.url}/api/serve/applications/",
         data=json.dumps(config).encode(),
         method="PUT",
-        headers={"Content-Type": "application/json", "Authorization": f"Bearer {cluster.token}"},
+        headers={"Content-Type": "application/json", **cluster.authorization},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert answer.status == 200

@@ -1,10 +1,11 @@
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from fewstep.errors import TrackingError
-from fewstep.tracking.connection import without_password
+from fewstep.tracking.connection import connect, failures, without_password
 from fewstep.tracking.settings import TrackingSettings
 
 
@@ -47,3 +48,13 @@ def test_unknown_setting_is_refused():
 def test_messages_do_not_carry_passwords():
     assert without_password("postgresql://u:secret@db/m") == "postgresql://u:***@db/m"
     assert without_password("http://host:5000") == "http://host:5000"
+
+
+def test_without_sqlalchemy_as_in_the_serving_image_servers_are_asked_and_databases_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)  # as if it were not installed
+    with pytest.raises(TrackingError, match=r"postgresql://u:\*\*\*@db/x.*mlflow-skinny.*http://HOST:PORT"):
+        connect(TrackingSettings(uri="postgresql://u:secret@db/x"))
+    server = TrackingSettings(uri="http://127.0.0.1:9")
+    assert connect(server).tracking_uri == "http://127.0.0.1:9"
+    with pytest.raises(TrackingError, match=r"read a thing: gone\."), failures("read a thing", server):
+        raise OSError("gone")

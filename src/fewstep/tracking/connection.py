@@ -7,6 +7,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -28,13 +29,20 @@ _set_by_us: dict[str, str] = {}
 def connect(settings: TrackingSettings) -> MlflowClient:
     """A client of the MLflow that `settings` names; a new sqlite file gets its tables first.
 
-    TrackingError when the folder of the file cannot be made. A server is not asked yet.
+    TrackingError when the folder of the file cannot be made, or when what is installed reaches servers alone. A server
+    is not asked yet.
     """
     _quieten(settings)
     from mlflow import MlflowClient
 
     uri = settings.tracking_uri()
     path = settings.sqlite_path()
+    if urlsplit(uri).scheme not in ("http", "https") and find_spec("sqlalchemy") is None:
+        raise TrackingError(
+            f"tracking.uri is {without_password(uri)!r}, a database, which needs the package mlflow; here is only "
+            "mlflow-skinny, as in the serving image, which asks a server. Set tracking.uri or $MLFLOW_TRACKING_URI to "
+            "http://HOST:PORT, or pip install mlflow."
+        )
     if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     with failures("open MLflow's database", settings):
@@ -55,11 +63,11 @@ def connect(settings: TrackingSettings) -> MlflowClient:
 def failures(what: str, settings: TrackingSettings) -> Iterator[None]:
     """Turns MLflow's and the connection's failures inside the block into a TrackingError that says `what` failed."""
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
+    kinds: tuple[type[Exception], ...] = (MlflowException, sqlite3.Error, OSError, *_database_failures())
     try:
         yield
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except kinds as error:
         raise TrackingError(f"{what}: {_first_line(error)} {_advice(error, settings)}") from error
 
 
@@ -78,6 +86,15 @@ def without_password(uri: str) -> str:
     """`uri` as it may appear in messages."""
     parts = urlsplit(uri)
     return uri if parts.password is None else uri.replace(f":{parts.password}@", ":***@")
+
+
+def _database_failures() -> tuple[type[Exception], ...]:
+    # The serving image holds mlflow-skinny, which comes without sqlalchemy.
+    if find_spec("sqlalchemy") is None:
+        return ()
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (SQLAlchemyError,)
 
 
 def _quieten(settings: TrackingSettings) -> None:

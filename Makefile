@@ -105,7 +105,7 @@ gpu-check: install-dev ## Run the GPU tests and the benchmarks on one GPU, and w
 	$(FEWSTEP) bench sample --shape sd15 --batch-size 1 --json > runs/gpu-check/sample-one.json
 	$(FEWSTEP) bench table runs/gpu-check/{train,train-tuned,train-variants,sample,sample-tuned,sample-one}.json --into docs/benchmarks.md
 
-images: image-training image-serving image-prepare ## Build the images fewstep-training, -serving and -prepare (PIP_ARGS for torch's CPU build)
+images: image-training image-serving image-prepare image-mlflow ## Build the images fewstep-training, -serving, -prepare and -mlflow (PIP_ARGS for torch's CPU build)
 
 image-%: docker/%/Dockerfile
 	$(IMAGE_BUILDER) -f $< -t $(IMAGE_PREFIX)$*:$(IMAGE_TAG) --build-arg PIP_ARGS="$(PIP_ARGS)" \

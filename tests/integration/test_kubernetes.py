@@ -60,8 +60,17 @@ class Platform:
     folder: Path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def key() -> Iterator[None]:
+    """Let this process's own clients in too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEY.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def platform(key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     folder = tmp_path_factory.mktemp("kind")
     objects = rendered("kind")
     content = tiny_recipe(tiny_teacher_folder(folder / "teacher"), name="tiny")
@@ -98,13 +107,6 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     finally:
         for server in servers:
             server.kill()
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process's own clients in too."""
-    for name, value in KEY.items():
-        monkeypatch.setenv(name, value)
 
 
 def _container(objects: list[Manifest], kind: str, name: str) -> Manifest:

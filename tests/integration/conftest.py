@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # for `toy_trainin
 
 # Ray gives its workers niceness 15: on a busy machine the tests would wait for minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# By default metrics are handed on every ten seconds, which is longer than these trainings last.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Workers that come and go on a real Ray: the training stays the same, and Prometheus sees it."""
+"""Workers that come and go on a real Ray of several nodes: the training stays the same."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import ray.cloudpickle
-import stored_training
 import torch
 import toy_training
-from stored_training import OPTIONS, checkpoint_is_known, exported
+from stored_training import OPTIONS, exported
 from toy_training import FileTracker, toy_job
 
 from fewstep.storage import Storage
 from fewstep.train.in_process import train_in_process
-from fewstep.train.run import run_training
-from fewstep.train.settings import ClusterSettings, ElasticWorkers
 
 ray.cloudpickle.register_pickle_by_value(toy_training)
-ray.cloudpickle.register_pickle_by_value(stored_training)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -50,44 +43,6 @@ def check_same(
     assert tracker.by_step("loss") == pytest.approx(losses, rel=1e-4)
     ours = exported(storage, uri)
     assert all(torch.allclose(ours[name], weights[name], atol=1e-5) for name in weights)
-
-
-def shown(name: str) -> dict[str, float]:
-    """Return what Ray's endpoint for Prometheus shows of a metric, by its labels."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    return {found[1]: float(found[2]) for found in re.finditer(rf"^{name}\{{(.*)\}} (\S+)$", page, re.MULTILINE)}
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_elastic_workers_one_of_which_dies_give_the_curve_of_one_process_and_show_it(
-    storage: Storage, bucket_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="fewstep")
-    tracker = FileTracker(str(tmp_path / "figures"))
-    mischief = {
-        "die_at": 13, "died_marker": str(tmp_path / "died"), "dies_after": checkpoint_is_known(storage, bucket_uri, 10)
-    }  # fmt: skip
-    job = toy_job(mischief=mischief, **OPTIONS)
-    object.__setattr__(job, "labels", {"recipe": "r", "stage": "guidance", "training": bucket_uri})
-    cluster = ClusterSettings(
-        num_workers=ElasticWorkers(min=1, max=2), use_gpu=False, cpus_per_worker=1, max_failures=1
-    )
-    result = run_training(job, cluster=cluster, storage=storage, uri=bucket_uri, tracker=tracker)
-    assert (tmp_path / "died").exists()
-    assert result.resumed_from == 10
-    assert result.figures["workers"] == 2
-    said = [message for message in caplog.messages if "workers" in message and message.startswith("toy: ")]
-    assert said == ["toy: trains with 2 of 1…2 workers", "toy: goes on from update 10 with 2 of 1…2 workers"]
-    check_same(storage, bucket_uri, tracker, alone(tmp_path, **OPTIONS))
-
-    deadline = time.monotonic() + 60
-    while not (updates := shown("ray_fewstep_train_update")) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    ((labels, update),) = ((labels, value) for labels, value in updates.items() if bucket_uri in labels)
-    assert 1 <= update <= 30
-    assert 'recipe="r"' in labels
-    assert 'stage="guidance"' in labels
 
 
 @pytest.mark.long

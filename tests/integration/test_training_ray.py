@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import ray.cloudpickle
 import real_training
 import stored_training
@@ -31,8 +33,9 @@ from fewstep.errors import CheckpointError, DataError, FewstepError, StorageErro
 from fewstep.storage import Storage, join
 from fewstep.storage.embedded import Credentials
 from fewstep.train.in_process import train_in_process
+from fewstep.train.progress import Watcher
 from fewstep.train.run import run_training
-from fewstep.train.settings import ClusterSettings
+from fewstep.train.settings import ClusterSettings, ElasticWorkers
 from tiny import tiny_teacher_folder
 
 ray.cloudpickle.register_pickle_by_value(toy_training)
@@ -44,6 +47,7 @@ pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.m
 
 ONE = ClusterSettings(num_workers=1, cpus_per_worker=1)
 TWO = ClusterSettings(num_workers=2, cpus_per_worker=1, max_failures=1)
+ELASTIC = ClusterSettings(num_workers=ElasticWorkers(min=1, max=2), use_gpu=False, cpus_per_worker=1, max_failures=1)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,14 @@ def test_a_killed_worker_goes_on_bit_for_bit(
     assert list(storage.list(join(bucket_uri, "checkpoints"))) == []  # not kept when done
 
 
-def test_two_workers_one_of_which_dies_give_the_same_curve(
+def shown(name: str) -> dict[str, float]:
+    """Return what Ray's endpoint for Prometheus shows of a metric, by its labels."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    return {found[1]: float(found[2]) for found in re.finditer(rf"^{name}\{{(.*)\}} (\S+)$", page, re.MULTILINE)}
+
+
+def test_elastic_workers_one_of_which_dies_give_the_same_curve_and_show_it(
     storage: Storage,
     whole: tuple[str, FileTracker],
     bucket_uri: str,
@@ -106,12 +117,16 @@ def test_two_workers_one_of_which_dies_give_the_same_curve(
     caplog.set_level("INFO", logger="fewstep")
     tracker = FileTracker(str(tmp_path / "figures"))
     mischief = {
-        "die_at": 8, "died_marker": str(tmp_path / "died"), "dies_after": checkpoint_is_known(storage, bucket_uri, 5)
+        "die_at": 8, "died_marker": str(tmp_path / "died"), "dies_after": checkpoint_is_known(storage, bucket_uri, 5),
+        "pause_s": 0.1,  # so that there is something to see
     }  # fmt: skip
-    job = toy_job(mischief=mischief, **switches, **OPTIONS)
-    result = run_training(job, cluster=TWO, storage=storage, uri=bucket_uri, tracker=tracker)
+    labels = {"recipe": "r", "stage": "guidance", "training": bucket_uri}
+    job = dataclasses.replace(toy_job(mischief=mischief, **switches, **OPTIONS), labels=labels)
+    seen: dict[str, float] = {}
+    with Watcher(lambda: seen.update(shown("ray_fewstep_train_update"))):
+        result = run_training(job, cluster=ELASTIC, storage=storage, uri=bucket_uri, tracker=tracker)
     assert (tmp_path / "died").exists()
-    fetched = [message for message in caplog.messages if "goes on from" in message]
+    fetched = [message for message in caplog.messages if "shared the checkpoint" in message]
     assert fetched == ["goes on from update 5; workers that shared the checkpoint: 2"]
     for name in ("loss", "grad_norm", "noise"):
         expected = whole[1].by_step(name)
@@ -120,6 +135,14 @@ def test_two_workers_one_of_which_dies_give_the_same_curve(
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
     assert all(type(weight) is Tensor for weight in ours.values())
     assert result.figures["skipped/broken"] >= 2  # counted over both workers
+    assert result.figures["workers"] == 2
+    numbers = [message for message in caplog.messages if message.endswith("of 1…2 workers")]
+    assert numbers == ["toy: trains with 2 of 1…2 workers", "toy: goes on from update 5 with 2 of 1…2 workers"]
+    updates = [
+        update for line, update in seen.items() if all(f'{name}="{value}"' in line for name, value in labels.items())
+    ]
+    assert updates
+    assert all(1 <= update <= 30 for update in updates)
 
 
 @pytest.mark.long

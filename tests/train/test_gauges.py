@@ -1,4 +1,4 @@
-"""Gauges without a Ray around them; `tests/integration/test_elastic_ray.py` reads them where Prometheus does."""
+"""Gauges without a Ray around them; `tests/integration/test_training_ray.py` reads them where Prometheus does."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from worker_processes import STAGES, UNEVEN, begin_again, run_workers, stage_job
 from fewstep.train.parallel import compilable
 from tiny import tiny_student_folder, tiny_teacher_folder
 
-pytestmark = pytest.mark.slow  # two processes begin, and each gathers shards over a slow network
+# Processes begin, and each gathers shards over a slow network.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Figures = dict[int, tuple[float, ...]]
 

@@ -47,6 +47,8 @@ from tiny import tiny_recipe, tiny_student_folder, tiny_teacher_folder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KEY = {"AWS_ACCESS_KEY_ID": "AKIATESTS", "AWS_SECRET_ACCESS_KEY": "of-these-tests-alone"}
+#: What is killed, and how the folder of its training begins.
+TRAININGS = {"guidance": "guidance-", "progressive": "2-steps-"}
 RECIPE = "emoji.yaml"  # of which the tiny one takes the place in the ConfigMap
 
 
@@ -75,8 +77,8 @@ def platform(key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
     objects = rendered("kind")
     content = tiny_recipe(tiny_teacher_folder(folder / "teacher"), name="tiny")
     content["stages"] = [*content["stages"], "promote"]
-    content["guidance"]["train"] |= {"updates": 400, "checkpoint_every": 20}
-    content["progressive"]["train"] |= {"updates": 120, "checkpoint_every": 20}
+    content["guidance"]["train"] |= {"updates": 120, "checkpoint_every": 10}
+    content["progressive"]["train"] |= {"updates": 60, "checkpoint_every": 10}
     content["register"]["name"] = "fewstep-emoji"
     content["register"]["gate"] = {"min_num_images": 1, "max_kid_ratio": 1e6, "min_alignment_ratio": None}
     for storage_of_the_recipe in ("storage", "tracking", "cluster"):
@@ -222,9 +224,7 @@ def carried_out(platform: Platform) -> dict[str, Any]:
                 outcome = argo.outcome(step.template["resource"], status)
                 if outcome is not None:
                     break
-                if step.name in {"guidance", "progressive"} - {*done["killed"]} and _kill_half_way(
-                    step.name, platform, cluster
-                ):
+                if step.name in TRAININGS.keys() - {*done["killed"]} and _kill_half_way(step.name, platform, cluster):
                     done["killed"].append(step.name)
                 if status["jobDeploymentStatus"] == "Retrying":
                     submitter.kill()
@@ -244,10 +244,10 @@ def carried_out(platform: Platform) -> dict[str, Any]:
 
 def _kill_half_way(stage: str, platform: Platform, cluster: RayCluster) -> bool:
     """Kill the driver of guidance, or a worker of progressive, once there is a checkpoint to go on from."""
-    checkpoints = [
-        each for each in platform.storage.list(join(platform.storage.root, stage)) if "/checkpoints/" in each.uri
-    ]
-    if not any("update-" in each.uri for each in checkpoints):
+    folder = join(platform.storage.root, "students")
+    training = f"{folder}/{TRAININGS[stage]}"
+    stored = [each.uri for each in platform.storage.list(folder) if each.uri.startswith(training)]
+    if not any("/checkpoints/update-" in uri for uri in stored):
         return False
     command = f"fewstep stage {stage}" if stage == "guidance" else "RayTrainWorker"
     found = processes(command, cluster.token)
@@ -266,14 +266,14 @@ def test_what_was_killed_went_on_and_did_not_begin_again(carried_out: dict[str, 
     assert carried_out["killed"] == ["guidance", "progressive"]
     assert carried_out["tries"]["guidance"] == 2  # the driver died: a new cluster
     assert carried_out["tries"]["progressive"] == 1  # a worker died: the training mends itself
-    resumed = {
-        each.uri.split("/distill/")[1].split("/")[0]: platform.storage.read_json(each.uri)["result"]["resumed_from"]
-        for each in platform.storage.list(platform.storage.root)
-        if each.uri.endswith("/result.json")
-        and platform.storage.read_json(each.uri)["result"]["resumed_from"] is not None
-    }
-    assert resumed["guidance"] >= 20
-    assert resumed["progressive"] >= 20
+    folder = join(platform.storage.root, "students")
+    for training in TRAININGS.values():
+        (result,) = [
+            each.uri
+            for each in platform.storage.list(folder)
+            if each.uri.startswith(f"{folder}/{training}") and each.uri.endswith("/result.json")
+        ]
+        assert platform.storage.read_json(result)["result"]["resumed_from"] >= 10, training
 
 
 def test_a_workflow_that_is_applied_again_repeats_nothing(carried_out: dict[str, Any], platform: Platform) -> None:

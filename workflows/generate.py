@@ -43,9 +43,8 @@ class Stage:
     name: str
     after: tuple[str, ...]
     image: str = "training-image"
-    pods: str = "workers"  # workers: as many as the run says; one: one; none: the head does the work
-    driver_on_worker: bool = False
-    with_gpu: bool = True
+    with_workers: bool = True  # else the head does the work
+    with_gpu: bool = True  # on workers, where there are any, and on the head, where the driver encodes and measures
 
 
 STAGES = (
@@ -55,9 +54,9 @@ STAGES = (
     Stage("convert", ("encode",)),
     Stage("guidance", ("encode", "convert")),
     Stage("progressive", ("guidance",)),
-    Stage("evaluate", ("progressive",), pods="one", driver_on_worker=True),
-    Stage("register", ("evaluate",), pods="none", with_gpu=False),
-    Stage("promote", ("register", "approve"), pods="none", with_gpu=False),
+    Stage("evaluate", ("progressive",), with_workers=False),
+    Stage("register", ("evaluate",), with_workers=False, with_gpu=False),
+    Stage("promote", ("register", "approve"), with_workers=False, with_gpu=False),
 )
 
 BOOLEAN = ("true", "false")
@@ -85,18 +84,20 @@ def parameters() -> tuple[Parameter, ...]:
             for stage in OPTIONAL
         ),
         Parameter("approval", "false", "Wait for a person between register and promote.", BOOLEAN),
-        Parameter("workers-min", "1", "Fewest training workers: with fewer, training waits."),
+        Parameter("workers-min", "1", "Fewest training workers: with fewer, a training waits."),
         Parameter("workers-max", "1", "Most training workers; the global batch is the recipe's with any number."),
         Parameter("use-gpu", "false", "One GPU for each worker.", BOOLEAN),
         Parameter("cpus-per-worker", "2", "CPUs of a training worker."),
-        Parameter("pods-min", "1", "Fewest pods of workers, where the cluster scales."),
-        Parameter("pods-max", "1", "Most pods of workers: workers-max divided by the GPUs of a pod."),
+        Parameter(
+            "pods-min", "1", "Pods of workers at the start, all of which must come; without autoscaling at all times."
+        ),
+        Parameter("pods-max", "1", "Most pods of workers, with autoscaling: workers-max divided by the GPUs of a pod."),
         Parameter("gpus-per-pod", "0", "GPUs of a pod of workers; all of a node where workers shall use NVLink."),
-        Parameter("evaluate-gpus", "0", "GPUs that evaluate takes.", ("0", "1")),
         Parameter("pod-cpu", "2", "CPUs of a pod of workers."),
         Parameter("pod-memory", "6Gi", "Memory of a pod of workers."),
         Parameter("head-cpu", "1", "CPUs of the head, where the driver runs."),
-        Parameter("head-memory", "4Gi", "Memory of the head."),
+        Parameter("head-memory", "4Gi", "Memory of the head, which holds teacher and student while it measures."),
+        Parameter("head-gpus", "0", "GPUs of the head in stages that encode, measure or draw.", ("0", "1")),
         Parameter(
             "gpu-type",
             "{}",
@@ -110,12 +111,17 @@ def parameters() -> tuple[Parameter, ...]:
                 '{"nvidia.com/gpu.product": "NVIDIA-L40S"}',
             ),
         ),
+        Parameter(
+            "head-gpu-type", "{}", "Node selector of the head, as JSON, where it has a GPU; a small kind will do."
+        ),
         Parameter("autoscaling", "false", "Let Ray ask for pods as it needs them (components/autoscaling).", BOOLEAN),
         Parameter("head-service-account", "fewstep-ray", "Service account of the head."),
         Parameter("queue", "", "Kueue's LocalQueue (components/kueue). Empty: not queued."),
         Parameter("retries", "2", "Times that a stage is tried again on a new cluster, from its last checkpoint."),
-        Parameter("stage-deadline-s", "259200", "Seconds that a stage may take, with all its tries."),
-        Parameter("start-deadline-s", "3600", "Seconds until a stage's cluster must run."),
+        Parameter(
+            "stage-deadline-s", "604800", "Seconds that one try of a stage may take; after it there is no other."
+        ),
+        Parameter("start-deadline-s", "3600", "Seconds until the cluster of a try must run."),
     )
 
 
@@ -146,8 +152,6 @@ def rayjob(values: dict[str, str], *, command: str, named: bool = True) -> str:
         "run": values["run"],
         "queue": values["queue"],
         "command": command,
-        "driver_cpus": values["driver-cpus"],
-        "driver_gpus": values["driver-gpus"],
         "retries": values["retries"],
         "deadline_s": values["stage-deadline-s"],
         "start_deadline_s": values["start-deadline-s"],
@@ -158,6 +162,8 @@ def rayjob(values: dict[str, str], *, command: str, named: bool = True) -> str:
         "settings": "\n".join(indent + line for line in settings(values, named=named) if line),
         "head_cpu": values["head-cpu"],
         "head_memory": values["head-memory"],
+        "head_gpus": values["head-gpus"],
+        "head_node_selector": values["head-gpu-type"],
         "recipes": values["recipes"],
         "pods_min": values["pods-min"],
         "pods_max": values["pods-max"],
@@ -176,7 +182,7 @@ def indented(text: str, spaces: int) -> str:
 
 def workflow_template() -> str:
     """Return the WorkflowTemplate `fewstep-distill`."""
-    inputs = ("stage", "image", "pods-min", "pods-max", "gpus", "driver-cpus", "driver-gpus")
+    inputs = ("stage", "image", "pods-min", "pods-max", "gpus", "head-gpus", "head-gpu-type")
     data = ("train-shards", "evaluate-shards", "alignment-shards")
     values = {each.name: f"{{{{workflow.parameters.{each.name}}}}}" for each in parameters()}
     values |= {name: f"{{{{inputs.parameters.{name}}}}}" for name in (*inputs, *data)}
@@ -201,13 +207,6 @@ def tasks(data: tuple[str, ...]) -> str:
     for stage in STAGES:
         if stage.name == "promote":
             text += APPROVE
-        pods = {
-            "workers": ("{{workflow.parameters.pods-min}}", "{{workflow.parameters.pods-max}}"),
-            "one": ('"1"', '"1"'),
-            "none": ('"0"', '"0"'),
-        }[stage.pods]
-        low, high = (value if value.startswith('"') else f'"{value}"' for value in pods)
-        driver = ('"1"', '"{{workflow.parameters.evaluate-gpus}}"') if stage.driver_on_worker else ('"0"', '"0"')
         text += f"- name: {stage.name}\n  template: ray-stage\n"
         if stage.after:
             text += f"  dependencies: [{', '.join(stage.after)}]\n"
@@ -217,15 +216,18 @@ def tasks(data: tuple[str, ...]) -> str:
         for name, value in (
             ("stage", stage.name),
             ("image", f'"{{{{workflow.parameters.{stage.image}}}}}"'),
-            ("pods-min", low),
-            ("pods-max", high),
-            ("gpus", '"{{workflow.parameters.gpus-per-pod}}"' if stage.with_gpu else '"0"'),
-            ("driver-cpus", driver[0]),
-            ("driver-gpus", driver[1]),
+            *((name, _given(name, "0", given=stage.with_workers)) for name in ("pods-min", "pods-max")),
+            ("gpus", _given("gpus-per-pod", "0", given=stage.with_gpu)),
+            ("head-gpus", _given("head-gpus", "0", given=stage.with_gpu)),
+            ("head-gpu-type", _given("head-gpu-type", "{}", given=stage.with_gpu)),
             *((name, f'"{{{{inputs.parameters.{name}}}}}"') for name in data),
         ):
             text += f"      - {{name: {name}, value: {value}}}\n"
     return text
+
+
+def _given(parameter: str, otherwise: str, *, given: bool) -> str:
+    return f'"{{{{workflow.parameters.{parameter}}}}}"' if given else f'"{otherwise}"'
 
 
 APPROVE = """\
@@ -279,7 +281,7 @@ spec:
         tasks:
 @tasks@
 
-    # Go on with `argo resume NAME`, or in Argo's own page.
+    # Go on with `argo -n fewstep resume NAME`, or in Argo's own page.
     - name: approve
       suspend: {}
 
@@ -324,21 +326,21 @@ class Run:
         return {"recipe": self.recipe} | of_stages | self.values
 
 
-def gpus(workers: int, *, fewest: int, memory: str = "96Gi") -> dict[str, str]:
-    """Return the values of a run with one GPU for each pod."""
+def gpus(workers: int, *, fewest: int, memory: str = "96Gi", head: str = "32Gi") -> dict[str, str]:
+    """Return the values of a run with one GPU for each pod: all at the start, and no fewer than `fewest` later."""
     return {
         "use-gpu": "true",
         "workers-min": str(fewest),
         "workers-max": str(workers),
-        "pods-min": str(fewest),
+        "pods-min": str(workers),
         "pods-max": str(workers),
         "gpus-per-pod": "1",
-        "evaluate-gpus": "1",
         "cpus-per-worker": "8",
         "pod-cpu": "8",
         "pod-memory": memory,
         "head-cpu": "4",
-        "head-memory": "16Gi",
+        "head-memory": head,
+        "head-gpus": "1",
     }
 
 
@@ -366,7 +368,7 @@ RUNS = (
         "sdxl-laion",
         "sdxl-laion-1024",
         "Stable Diffusion XL at 1024 px: about 1,180 GPU-hours of H100.",
-        shards("laion-1024", *_ALL) | gpus(32, fewest=16, memory="160Gi"),
+        shards("laion-1024", *_ALL) | gpus(32, fewest=16, memory="160Gi", head="64Gi"),
     ),
     Run(
         "sd15-inpainting-laion",
@@ -402,22 +404,17 @@ def run_file(run: Run) -> str:
 def plain(run: Run, stage: Stage | None) -> str:
     """Return a stage of a run, or with None the whole of it, as a RayJob for clusters without Argo."""
     values = {each.name: each.value for each in parameters()} | run.arguments()
-    values |= {"run": run.file, "gpus": values["gpus-per-pod"], "driver-cpus": "0", "driver-gpus": "0"}
+    values |= {"run": run.file, "gpus": values["gpus-per-pod"]}
     if stage is None:
         name, command = "run", f"fewstep run /etc/fewstep/recipes/{run.recipe}.yaml"
         values["image"] = values["training-image"]
-        if values["evaluate-gpus"] != "0":
-            # The driver evaluates, and keeps a GPU of its own for that; the head has none.
-            values |= {"driver-gpus": "1", "pods-max": str(int(values["pods-max"]) + 1)}
     else:
         name, command = stage.name, f"fewstep stage {stage.name} /etc/fewstep/recipes/{run.recipe}.yaml"
         values["image"] = values[stage.image]
-        if stage.pods != "workers":
-            values |= dict.fromkeys(("pods-min", "pods-max"), {"one": "1", "none": "0"}[stage.pods])
+        if not stage.with_workers:
+            values |= {"pods-min": "0", "pods-max": "0"}
         if not stage.with_gpu:
-            values["gpus"] = "0"
-        if stage.driver_on_worker:
-            values |= {"driver-cpus": "1", "driver-gpus": values["evaluate-gpus"]}
+            values |= {"gpus": "0", "head-gpus": "0", "head-gpu-type": "{}"}
     values |= {"name": f"{run.file}-{name}", "stage": name}
     return MADE + rayjob(values, command=command, named=False)
 

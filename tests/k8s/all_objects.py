@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from k8s.argo import walk
 from k8s.rendered import OVERLAYS, Manifest, everything, find, rayjob_files, read, rendered, run_files
 
+#: Applied by hand at times.
+OTHERS = ("workflows/monthly.yaml", "k8s/mlflow-upgrade.yaml")
+
 
 @functools.cache
 def _objects() -> tuple[tuple[str, Manifest], ...]:
@@ -15,7 +18,7 @@ def _objects() -> tuple[tuple[str, Manifest], ...]:
     for overlay in OVERLAYS:
         found += [(overlay, each) for each in rendered(overlay)]
     found += [("everything", each) for each in everything()]
-    found += [(path, read(path)) for path in (*run_files(), "workflows/monthly.yaml", *rayjob_files())]
+    found += [(path, read(path)) for path in (*run_files(), *OTHERS, *rayjob_files())]
     return (*found, *((f"step of {source}", each) for source, each in steps()))
 
 

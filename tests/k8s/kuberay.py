@@ -185,7 +185,7 @@ class RayCluster:
     def _start(self, spec: Manifest, head: Mapping[str, str], gcs_port: int, *, with_worker: bool) -> None:
         self._node("head", head, self.environment)
         (group,) = spec["workerGroupSpecs"]
-        if with_worker and group["replicas"]:
+        if with_worker and group["minReplicas"]:
             (container,) = group["template"]["spec"]["containers"]
             parameters = {
                 "address": f"127.0.0.1:{gcs_port}",

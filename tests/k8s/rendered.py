@@ -97,7 +97,11 @@ def pods(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
     def walk(value: Any, where: str) -> Iterator[tuple[str, Manifest]]:
         if isinstance(value, dict):
             for key, below in value.items():
-                if key in ("template", "submitterPodTemplate") and "containers" in below.get("spec", {}):
+                if (
+                    isinstance(below, dict)
+                    and key.lower().endswith("template")
+                    and "containers" in below.get("spec", {})
+                ):
                     yield f"{where}.{key}", below
                 else:
                     yield from walk(below, f"{where}.{key}")

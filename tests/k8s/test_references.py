@@ -14,8 +14,8 @@ PREREQUISITES = {
     "gpu": {"Secret": {"s3-credentials", "mlflow-database"}},
     "aws": {"Secret": set()},
 }
-#: KubeRay and Argo bring these labels; a Namespace brings its name.
-_BROUGHT = {"ray.io/node-type", "workflows.argoproj.io/workflow"}
+#: KubeRay and Argo bring these labels; and not every run has every stage.
+_BROUGHT = {"ray.io/node-type", "workflows.argoproj.io/workflow", "fewstep.io/stage"}
 
 
 def _named(value: Any) -> Iterator[tuple[str, str, bool]]:
@@ -120,7 +120,7 @@ def _selects(selector: Manifest, labels: dict[str, str]) -> bool:
     for each in selector.get("matchExpressions", []):
         if each["key"] in _BROUGHT:
             continue
-        if each["operator"] == "In" and labels.get(each["key"]) not in each["values"]:
+        if (labels.get(each["key"]) in each["values"]) is not (each["operator"] == "In"):
             return False
     return True
 

@@ -124,8 +124,44 @@ def test_the_network_is_closed_but_for_what_is_allowed(overlay: str):
             for peer in rule["to"]:
                 if "ipBlock" in peer and peer["ipBlock"]["cidr"] == "0.0.0.0/0":
                     assert "169.254.0.0/16" in peer["ipBlock"]["except"], each["metadata"]["name"]
-    prepare = find(policies, "NetworkPolicy", "prepare")["spec"]["egress"][0]["to"][0]["ipBlock"]["except"]
-    assert {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"} <= set(prepare)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_prepare_reaches_no_private_address_by_any_policy(overlay: str):
+    """It fetches what strangers name, and policies add up."""
+    labels = {
+        "app.kubernetes.io/part-of": "fewstep",
+        "app.kubernetes.io/component": "training",
+        "fewstep.io/stage": "prepare",
+    }
+    blocks = [
+        peer["ipBlock"]
+        for each in rendered(overlay)
+        if each["kind"] == "NetworkPolicy" and _selects(each["spec"]["podSelector"], labels)
+        for rule in each["spec"].get("egress", [])
+        for peer in rule["to"]
+        if "ipBlock" in peer and peer["ipBlock"]["cidr"] != "169.254.20.10/32"  # the node's DNS cache
+    ]
+    private = {"10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "127.0.0.0/8"}
+    assert blocks
+    for block in blocks:
+        assert private <= set(block["except"])
+
+
+def _selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    wanted = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    for each in selector.get("matchExpressions", []):
+        value = labels.get(each["key"])
+        match each["operator"]:
+            case "In":
+                wanted &= value in each["values"]
+            case "NotIn":
+                wanted &= value not in each["values"]
+            case "Exists":
+                wanted &= value is not None
+            case other:
+                raise AssertionError(other)
+    return wanted
 
 
 def test_no_secret_value_is_in_git():
@@ -169,8 +205,12 @@ def test_serving_stands_above_training(overlay: str):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_service_survives_drains_and_spreads(overlay: str):
     objects = rendered(overlay)
-    assert find(objects, "PodDisruptionBudget", "fewstep-serving")["spec"]["maxUnavailable"] == 1
+    budget = find(objects, "PodDisruptionBudget", "fewstep-serving")["spec"]
+    # Not maxUnavailable: a RayCluster has no scale subresource, and without it nothing could ever be drained.
+    assert "maxUnavailable" not in budget
+    assert budget["minAvailable"] == 1
     (group,) = find(objects, "RayService", "fewstep")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["minReplicas"] == (1 if overlay == "kind" else 2)
     keys = {each["topologyKey"] for each in group["template"]["spec"]["topologySpreadConstraints"]}
     assert keys == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
 

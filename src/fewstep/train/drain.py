@@ -7,6 +7,7 @@ knows a preemption, trainings write a checkpoint and go on until the deadline, a
 from __future__ import annotations
 
 import logging
+import socket
 import time
 
 import psutil
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _TRAIN_WORKER = "ray::RayTrainWorker"
 _LOOK_EVERY_S = 1.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 def drain_this_node(address: str, *, deadline_s: float, node_id: str | None = None) -> bool:
@@ -42,6 +44,9 @@ def drain_this_node(address: str, *, deadline_s: float, node_id: str | None = No
         return False
     deadline = time.monotonic() + deadline_s
     try:
+        # Ray's own client tries for most of a minute, which a pod that is stopped does not have.
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         client = GcsClient(address=address)
         node_id = node_id or _own_node(client, address)
         accepted, reason = client.drain_node(
@@ -50,7 +55,7 @@ def drain_this_node(address: str, *, deadline_s: float, node_id: str | None = No
             "the machine is about to be taken away",
             int((time.time() + deadline_s) * 1000),
         )
-    except (RuntimeError, ConnectionError, ray.exceptions.RpcError) as error:
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RpcError) as error:
         raise FewstepError(
             f"no Ray cluster answers at {address} ({error}); $RAY_ADDRESS must name it as host:port"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,17 @@ from typing import Any
 
 import pytest
 
-from fewstep.storage import Storage, StorageSettings, join, open_storage
-from fewstep.tracking.connection import connect
-from fewstep.tracking.settings import TrackingSettings
+# What a user has exported must not lead the tests into a bucket of theirs, nor change the tests' recipes. Before
+# fewstep is imported: some tests make settings as they are loaded.
+for _name in list(os.environ):
+    if _name.startswith(("FEWSTEP_S3_", "AWS_ENDPOINT_URL")) or _name in (
+        "FEWSTEP_SET", "FEWSTEP_RUNS", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "RAY_ADDRESS"
+    ):  # fmt: skip
+        del os.environ[_name]
+
+from fewstep.storage import Storage, StorageSettings, join, open_storage  # noqa: E402
+from fewstep.tracking.connection import connect  # noqa: E402
+from fewstep.tracking.settings import TrackingSettings  # noqa: E402
 
 _numbers = itertools.count()
 

@@ -11,9 +11,11 @@ import yaml
 from click.testing import CliRunner
 from tests.test_recipe import content
 
+from fewstep.changes import without_passwords
 from fewstep.cli import main
 from fewstep.errors import RecipeError
 from fewstep.recipe import load_recipe
+from fewstep.tracking.connection import without_password
 
 
 @pytest.fixture
@@ -90,6 +92,8 @@ def test_the_option_wins_over_the_environment(recipe_file: Path, monkeypatch: py
         ),
         ("name=@x", "FEWSTEP_SET: name=@x: the value is no YAML"),
         ("seed=[", r"FEWSTEP_SET: seed=\[: the value is no YAML"),
+        ("seed=2026-02-30", "FEWSTEP_SET: seed=2026-02-30: the value is no YAML .*day is out of range"),
+        ("teacher=#base", "FEWSTEP_SET: teacher=#base: YAML takes the value for a comment"),
     ],
 )
 def test_what_cannot_work_says_where_it_came_from(
@@ -126,3 +130,14 @@ def test_every_command_that_runs_a_recipe_takes_changes(recipe_file: Path, comma
     result = CliRunner().invoke(main, [*command, str(recipe_file), "--set", "seed=1", "--set", "teachr=x"])
     assert result.exit_code == 2
     assert f"error: {recipe_file}, changed by --set (seed=1, teachr=x), cannot be used:" in result.output
+
+
+@pytest.mark.parametrize(
+    "address", ["postgresql://me:se/cret@db", "http://:secret@host", "postgresql://me:se@cret@db/mlflow"]
+)
+def test_no_password_is_shown(recipe_file: Path, address: str) -> None:
+    assert "cret" not in without_passwords(address)
+    assert "cret" not in without_password(address)
+    with pytest.raises(RecipeError, match=r"tracking='.*://.*:\*\*\*@") as raised:
+        load_recipe(recipe_file, changes=(f"tracking={address}",))
+    assert "cret" not in str(raised.value)

@@ -19,7 +19,8 @@ VARIABLE = "FEWSTEP_SET"
 OPTION = "--set"
 
 _PATH = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")
-_PASSWORD = re.compile(r"(://[^/:@\s]+):[^@/\s]+@")
+# Up to the last @, as a password may have one, and a slash, as those in base64 do.
+_PASSWORD = re.compile(r"(://[^/:@\s]*):\S*@")
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,18 @@ def apply_changes(
 def _value(change: Change, *, text: bool) -> Any:
     try:
         value = yaml.safe_load(change.text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # 2026-02-30 is a ValueError
+        if text and isinstance(error, ValueError):
+            return change.text
         fault = str(error).splitlines()[0]
         raise RecipeError(
             f"{change.source}: {change}: the value is no YAML ({fault}); put quotes around text with such signs"
         ) from None
+    if value is None and change.text.lower() not in ("null", "~"):
+        raise RecipeError(
+            f"{change.source}: {change}: YAML takes the value for a comment, which is nothing; put quotes around it, "
+            "or write null"
+        )
     # No key takes a date, and what an orchestrator hands over as text may look like a number.
     if isinstance(value, datetime.date) or (text and isinstance(value, (bool, int, float))):
         return change.text

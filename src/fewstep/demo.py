@@ -10,6 +10,7 @@ from fewstep.errors import RecipeError
 from fewstep.recipe import load_recipe
 from fewstep.recipe_arguments import out_folder
 from fewstep.serving import served
+from fewstep.stages.register import NO_ALIAS
 from fewstep.train.cluster import local_ray
 from fewstep.workflow import run_workflow
 from fewstep.workplace import open_workplace
@@ -45,8 +46,9 @@ def run_demo(recipe_path: Path, out: Path | None = None) -> list[str]:
         with served([uri], recipe=recipe, announce=logger.info) as server:
             picture.write_bytes(_fetch(server.url, PROMPT))
     passed = chosen["alias"] == "champion"
-    why = "" if passed else f" because {chosen['reasons'][0]}"
-    name = f"models:/{recipe.register_.name}@{chosen['alias']}"
+    # What promote says stands first: a version that passed may still stay behind a newer one.
+    why = "" if passed else f" because {chosen.get('why_not') or chosen['reasons'][0]}"
+    name = uri if chosen["alias"] == NO_ALIAS else f"models:/{recipe.register_.name}@{chosen['alias']}"
     return [
         f"Made: a {chosen['num_inference_steps']}-step student, version {chosen['version']} of {recipe.register_.name} "
         f"in the MLflow registry, as {chosen['alias']}{why}.",

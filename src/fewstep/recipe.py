@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from fewstep.changes import apply_changes, changes_at_hand, in_words
+from fewstep.changes import apply_changes, changes_at_hand, in_words, without_passwords
 from fewstep.data.classes import ClassPicturesSettings
 from fewstep.data.emoji import EmojiSettings
 from fewstep.data.metadata.settings import MetadataSettings
@@ -388,7 +388,7 @@ def _explain(fault: Any) -> str:
         return f"  {place}: this key is required and missing"
     message = fault["msg"].removeprefix("Value error, ")
     value = fault.get("input")
-    shown = f"={value!r}" if isinstance(value, (str, int, float, bool)) else ""
+    shown = f"={without_passwords(repr(value))}" if isinstance(value, (str, int, float, bool)) else ""
     return f"  {place}{shown}: {message}" if place else f"  {message}"
 
 

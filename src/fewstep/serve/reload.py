@@ -174,7 +174,7 @@ class Follower:
             logger.warning("The registry cannot be asked for aliases; what is served stays until it can. %s", error)
         self._failures += 1
         every_s = self._settings.reload_every_s
-        return max(every_s, min(every_s * 2**self._failures, _MOST_PATIENCE_S))
+        return max(every_s, min(every_s * 2 ** min(self._failures, 10), _MOST_PATIENCE_S))
 
     def _without_version(self, model: _Model) -> None:
         model.forgive()
@@ -252,7 +252,8 @@ class Follower:
     def _tell(self, model: _Model) -> None:
         version = model.version or ("0" if model.student is None else None)
         if version is not None:  # a folder has none
-            self._watch.serves(model.uri, model=model.name, version=int(version))
+            name = model.name if model.student is None else model.student.card.id  # a models:/NAME/3 is NAME there
+            self._watch.serves(model.uri, model=name, version=int(version))
 
 
 def open_engine(

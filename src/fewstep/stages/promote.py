@@ -38,10 +38,12 @@ def promote(context: StageContext) -> dict[str, Any]:
             logger.info("models:/%s@%s: %s", name, CHAMPION, moved)
         else:
             kept = "there is no champion" if champion is None else f"version {champion.version} stays the champion"
-            logger.warning("%s is not promoted, %s: %s", model.uri, kept, why)
+            logger.warning(
+                "%s is not promoted, %s: %s%s", model.uri, kept, "" if passed else "it failed the gate: ", why
+            )
         now = registry.get(model.uri)
         alias = next((each for each in (CHAMPION, CANDIDATE) if each in now.aliases), NO_ALIAS)
-        facts[name] = {**left, "alias": alias, "champion_before": champion and champion.version}
+        facts[name] = {**left, "alias": alias, "champion_before": champion and champion.version, "why_not": why}
     if not any(each["alias"] == CHAMPION for each in facts.values()):
         logger.warning("promote: no new champion")
     return {"models": facts}
@@ -55,7 +57,7 @@ def _why_not(
         return None
     by_hand = f"`fewstep promote {model.uri}` makes it the champion all the same"
     if not passed:
-        return f"it failed the gate: {'; '.join(reasons)}"
+        return "; ".join(reasons)
     if CANDIDATE not in model.aliases:
         return f"it is the candidate no longer, a newer one has followed or a person has moved the aliases; {by_hand}"
     if champion is not None and champion.version > model.version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -84,8 +85,8 @@ def is_missing(error: BaseException) -> bool:
 
 def without_password(uri: str) -> str:
     """`uri` as it may appear in messages."""
-    parts = urlsplit(uri)
-    return uri if parts.password is None else uri.replace(f":{parts.password}@", ":***@")
+    # Up to the last @: a database's password may have slashes, which end an address's host elsewhere.
+    return re.sub(r"(://[^/:@\s]*):\S*@", r"\1:***@", uri)
 
 
 def _database_failures() -> tuple[type[Exception], ...]:

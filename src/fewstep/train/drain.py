@@ -48,6 +48,11 @@ def drain_this_node(address: str, *, deadline_s: float, node_id: str | None = No
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         client = GcsClient(address=address)
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RpcError) as error:
+        raise FewstepError(
+            f"no Ray cluster answers at {address} ({error}); $RAY_ADDRESS must name it as host:port"
+        ) from error
+    try:
         node_id = node_id or _own_node(client, address)
         accepted, reason = client.drain_node(
             node_id,
@@ -55,9 +60,9 @@ def drain_this_node(address: str, *, deadline_s: float, node_id: str | None = No
             "the machine is about to be taken away",
             int((time.time() + deadline_s) * 1000),
         )
-    except (RuntimeError, OSError, ValueError, ray.exceptions.RpcError) as error:
+    except (RuntimeError, ValueError, ray.exceptions.RpcError) as error:
         raise FewstepError(
-            f"no Ray cluster answers at {address} ({error}); $RAY_ADDRESS must name it as host:port"
+            f"the Ray at {address} could not drain node {node_id or 'of this machine'}: {error}"
         ) from error
     if not accepted:
         raise FewstepError(f"Ray does not drain its node {node_id}: {reason}")

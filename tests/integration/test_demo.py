@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_demo_goes_on_where_it_was_and_ends_with_a_picture_and_three_lines(
     killed: bool,
     tmp_path: Path,

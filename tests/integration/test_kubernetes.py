@@ -44,7 +44,7 @@ from k8s.kuberay import (
 from k8s.rendered import Manifest, find, read, rendered
 from tiny import tiny_recipe, tiny_student_folder, tiny_teacher_folder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)]
 
 KEY = {"AWS_ACCESS_KEY_ID": "AKIATESTS", "AWS_SECRET_ACCESS_KEY": "of-these-tests-alone"}
 #: What is killed, and how the folder of its training begins.
@@ -218,7 +218,7 @@ def carried_out(platform: Platform) -> dict[str, Any]:
             # KubeRay makes a cluster for each job. Those of one run are alike, so that one serves until it must go.
             cluster = clusters[0] if clusters else new_cluster(job.spec)
             job_id, submitter = job.submit(cluster)
-            deadline = time.monotonic() + 400
+            deadline = time.monotonic() + 900
             while True:
                 status = job.status(cluster, job_id, submitter)
                 outcome = argo.outcome(step.template["resource"], status)

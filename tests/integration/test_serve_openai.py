@@ -302,6 +302,7 @@ def wait_until(is_so: Callable[[], Any], timeout_s: float = 60.0) -> float:
     return time.monotonic() - began_s
 
 
+@pytest.mark.long
 def test_the_alias_is_followed_under_load_and_a_broken_version_refused(
     client: openai.OpenAI, registry: Registry
 ) -> None:

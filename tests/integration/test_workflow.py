@@ -35,7 +35,7 @@ from fewstep.workflow import run_stage, run_workflow
 from fewstep.workplace import Workplace
 from tiny import tiny_recipe, tiny_teacher_folder
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
